@@ -1,0 +1,291 @@
+// Package config knows the settings that every program of Larder shares, and
+// where their values come from: a flag, else an environment variable, else the
+// configuration file, else the default.
+//
+// One table (Keys) drives all four, so that a setting has the same name and
+// the same rules everywhere. The file is read strictly: what is not known, not
+// of the right type, or said twice is refused with its line.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/pflag"
+)
+
+// DefaultFile is read where no other file is named. It need not be there.
+const DefaultFile = "/etc/larder/config.yaml"
+
+// ErrInvalid is wrapped by every refusal of a setting.
+var ErrInvalid = errors.New("invalid setting")
+
+// MaxJobs bounds how many files or ranges are fetched at the same time.
+const MaxJobs = 64
+
+// Config is every setting. Paths are absolute.
+type Config struct {
+	Root   string // folder of everything
+	Store  string // ROOT/store unless set: blobs, manifests, references
+	State  string // ROOT/node unless set: views, volumes, mounts, uppers of this node
+	Socket string // the plugin's socket
+	Node   string // name of this node in a store that several share
+	Jobs   int    // how many files or ranges are fetched at the same time
+
+	HubEndpoint  string // base URL of the Hugging Face hub
+	HubTokenFile string // file with the hub's token; empty: where the hub's own client keeps it
+	DockerHost   string // the engine's API; asked only for names of containers
+
+	from map[string]string
+}
+
+// From tells where a key's value came from, in words: "flag --root",
+// "LARDER_ROOT", "/etc/larder/config.yaml" or "default".
+func (c Config) From(key string) string { return c.from[key] }
+
+// A Key is one setting.
+type Key struct {
+	Name    string   // in the file; nested as in "hub.endpoint"
+	Flag    string   // without dashes; empty: no flag
+	Env     []string // the first that is set counts
+	Default string
+	Usage   string
+	kind    kind
+	set     func(*Config, string) error
+}
+
+// kind is what a key's value is.
+type kind int
+
+const (
+	text kind = iota
+	number
+	path // of a file or folder
+)
+
+// Keys is the table of all settings, in the order they are documented.
+func Keys() []Key {
+	return []Key{
+		{Name: "root", Flag: "root", Env: []string{"LARDER_ROOT"}, Default: "/var/lib/larder", kind: path,
+			Usage: "folder of the store and of this node's state",
+			set:   setPath(func(c *Config, v string) { c.Root = v })},
+		{Name: "store", Flag: "store", Env: []string{"LARDER_STORE"}, kind: path,
+			Usage: "folder of the store (default ROOT/store)",
+			set:   setPath(func(c *Config, v string) { c.Store = v })},
+		{Name: "state", Flag: "state", Env: []string{"LARDER_STATE"}, kind: path,
+			Usage: "folder of this node's state (default ROOT/node)",
+			set:   setPath(func(c *Config, v string) { c.State = v })},
+		{Name: "socket", Flag: "socket", Env: []string{"LARDER_SOCKET"}, Default: "/run/docker/plugins/larder.sock", kind: path,
+			Usage: "socket of the volume plugin",
+			set:   setPath(func(c *Config, v string) { c.Socket = v })},
+		{Name: "node", Flag: "node", Env: []string{"LARDER_NODE"},
+			Usage: "name of this node in a shared store (default the host name)",
+			set:   setNode},
+		{Name: "jobs", Env: []string{"LARDER_JOBS"}, Default: "4", kind: number,
+			Usage: "files or ranges fetched at the same time",
+			set:   setJobs},
+		{Name: "hub.endpoint", Env: []string{"LARDER_HUB_ENDPOINT", "HF_ENDPOINT"}, Default: "https://huggingface.co",
+			Usage: "base URL of the Hugging Face hub",
+			set:   setEndpoint},
+		{Name: "hub.token-file", Env: []string{"LARDER_HUB_TOKEN_FILE"}, kind: path,
+			Usage: "file with the hub's token (default: HF_TOKEN, else where the hub's own client keeps it)",
+			set:   setPath(func(c *Config, v string) { c.HubTokenFile = v })},
+		{Name: "docker.host", Env: []string{"LARDER_DOCKER_HOST", "DOCKER_HOST"}, Default: "unix:///var/run/docker.sock",
+			Usage: "the engine's API, asked for the names of containers",
+			set:   setDockerHost},
+	}
+}
+
+// Flags are the settings' flags, registered on a program's flag set.
+type Flags struct {
+	set    *pflag.FlagSet
+	file   string
+	values map[string]*string // by key
+}
+
+// Register adds --config and the flags of Keys to set.
+func Register(set *pflag.FlagSet) *Flags {
+	f := &Flags{set: set, values: map[string]*string{}}
+	set.StringVar(&f.file, "config", "", "configuration file (default "+DefaultFile+")")
+	for _, k := range Keys() {
+		if k.Flag == "" {
+			continue
+		}
+		usage := k.Usage
+		if k.Default != "" {
+			usage += " (default " + k.Default + ")"
+		}
+		f.values[k.Name] = set.String(k.Flag, "", usage)
+	}
+	return f
+}
+
+// Load puts the settings together. lookup is os.LookupEnv outside of tests. An
+// environment variable that is empty counts as not set.
+func (f *Flags) Load(lookup func(string) (string, bool)) (Config, error) {
+	env := func(name string) string {
+		v, _ := lookup(name)
+		return v
+	}
+	file, named := f.file, f.set.Changed("config")
+	if !named {
+		if file = env("LARDER_CONFIG"); file != "" {
+			named = true
+		} else {
+			file = DefaultFile
+		}
+	}
+	inFile := map[string]value{}
+	content, err := os.ReadFile(file)
+	switch {
+	case err == nil:
+		if inFile, err = parse(file, content); err != nil {
+			return Config{}, err
+		}
+	case !named && errors.Is(err, fs.ErrNotExist):
+	default:
+		return Config{}, fmt.Errorf("%w: read configuration: %w", ErrInvalid, err)
+	}
+
+	c := Config{from: map[string]string{}}
+	for _, k := range Keys() {
+		v, from, typed := k.Default, "default", false
+		if fv, ok := inFile[k.Name]; ok {
+			v, from = fv.text, fmt.Sprintf("%s:%d", file, fv.line)
+		}
+		for _, name := range k.Env {
+			if s := env(name); s != "" {
+				v, from, typed = s, name, true
+				break
+			}
+		}
+		if k.Flag != "" && f.set.Changed(k.Flag) {
+			v, from, typed = *f.values[k.Name], "flag --"+k.Flag, true
+		}
+		c.from[k.Name] = from
+		if v == "" && from == "default" {
+			continue
+		}
+		if typed && k.kind == path && v != "" {
+			// A person typed it in some folder and means that folder. A file
+			// is read from anywhere, so there a relative path is refused.
+			abs, err := filepath.Abs(v)
+			if err != nil {
+				return Config{}, fmt.Errorf("%w %s (%s): %w", ErrInvalid, k.Name, from, err)
+			}
+			v = abs
+		}
+		if err := k.set(&c, v); err != nil {
+			return Config{}, fmt.Errorf("%w %s (%s): %w", ErrInvalid, k.Name, from, err)
+		}
+	}
+	if c.Store == "" {
+		c.Store = filepath.Join(c.Root, "store")
+	}
+	if c.State == "" {
+		c.State = filepath.Join(c.Root, "node")
+	}
+	if c.Node == "" {
+		if err := hostName(&c); err != nil {
+			return Config{}, err
+		}
+	}
+	if c.Store == c.State {
+		return Config{}, fmt.Errorf("%w: store and state are the same folder, %s", ErrInvalid, c.Store)
+	}
+	return c, nil
+}
+
+func setPath(put func(*Config, string)) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		if !filepath.IsAbs(v) {
+			return fmt.Errorf("%q is not an absolute path", v)
+		}
+		if strings.ContainsAny(v, "\x00\n") {
+			return fmt.Errorf("%q is not a path", v)
+		}
+		put(c, filepath.Clean(v))
+		return nil
+	}
+}
+
+var nodeName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$`)
+
+func setNode(c *Config, v string) error {
+	if !nodeName.MatchString(v) {
+		return fmt.Errorf("%.100q is not a node's name (letters, digits, '.', '_' and '-')", v)
+	}
+	c.Node = v
+	return nil
+}
+
+func hostName(c *Config) error {
+	name, err := os.Hostname()
+	if err != nil {
+		return fmt.Errorf("%w node: read the host's name: %w; set --node", ErrInvalid, err)
+	}
+	if err := setNode(c, name); err != nil {
+		return fmt.Errorf("%w node (the host's name): %w; set --node", ErrInvalid, err)
+	}
+	return nil
+}
+
+func setJobs(c *Config, v string) error {
+	n, err := strconv.Atoi(v)
+	if err != nil || n < 1 || n > MaxJobs {
+		return fmt.Errorf("%.100q is not a number from 1 to %d", v, MaxJobs)
+	}
+	c.Jobs = n
+	return nil
+}
+
+func setEndpoint(c *Config, v string) error {
+	u, err := url.Parse(v)
+	if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
+		return fmt.Errorf("%.200q is not an http:// or https:// URL", v)
+	}
+	if u.RawQuery != "" || u.Fragment != "" {
+		return fmt.Errorf("%.200q has a query or a fragment, a base URL has none", v)
+	}
+	c.HubEndpoint = strings.TrimRight(v, "/")
+	return nil
+}
+
+// setDockerHost takes whatever the engine's own client may be told: a host that
+// cannot be asked from here costs names of containers, not a command.
+func setDockerHost(c *Config, v string) error {
+	if scheme, rest, ok := strings.Cut(v, "://"); !ok || scheme == "" || rest == "" {
+		return fmt.Errorf("%.200q is not unix://PATH or tcp://HOST:PORT", v)
+	}
+	c.DockerHost = v
+	return nil
+}
+
+// names lists the keys for messages.
+func names() string {
+	var all []string
+	for _, k := range Keys() {
+		all = append(all, k.Name)
+	}
+	return strings.Join(all, ", ")
+}
+
+// sections are the keys' parents: "hub", "docker".
+func sections() []string {
+	seen := map[string]bool{}
+	for _, k := range Keys() {
+		if parent, _, ok := strings.Cut(k.Name, "."); ok {
+			seen[parent] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(seen))
+}
