@@ -241,6 +241,27 @@ func Rename(oldpath, newpath string) error {
 	return os.Rename(oldpath, newpath)
 }
 
+// RenameNoReplace moves oldpath to newpath unless newpath exists, which gives
+// fs.ErrExist. File systems that cannot do this in one step (NFS) get a check
+// and a rename; the caller must then hold a lock or bear a replacement.
+func RenameNoReplace(oldpath, newpath string) error {
+	if err := step("rename", newpath); err != nil {
+		return err
+	}
+	err := unix.Renameat2(unix.AT_FDCWD, oldpath, unix.AT_FDCWD, newpath, unix.RENAME_NOREPLACE)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
+		if _, statErr := os.Lstat(newpath); statErr == nil {
+			err = unix.EEXIST
+		} else {
+			return os.Rename(oldpath, newpath)
+		}
+	}
+	if err != nil {
+		return &os.LinkError{Op: "rename", Old: oldpath, New: newpath, Err: err}
+	}
+	return nil
+}
+
 // Link makes newpath a hard link to oldpath.
 func Link(oldpath, newpath string) error {
 	if err := step("link", newpath); err != nil {

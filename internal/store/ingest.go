@@ -1,0 +1,227 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/larder-project/larder/internal/atomicfile"
+	"github.com/larder-project/larder/internal/disk"
+	"github.com/larder-project/larder/internal/modelpack"
+)
+
+const progressSuffix = ".progress"
+
+var ingestKey = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+
+// Ingest is a blob being written. One process at a time has the ingest of a
+// key; what it wrote stays for the next one until Commit or Discard.
+type Ingest struct {
+	s    *Store
+	path string
+	file *disk.File
+}
+
+// Ingest opens the partial blob of a key, new or left by an earlier process.
+// It waits while another process writes the same key; the caller then looks
+// again whether the blob is there. Keys are sha256-HEX where the digest is
+// known, git-HEX where only the git object id is, or anything unique.
+func (s *Store) Ingest(ctx context.Context, key string) (*Ingest, error) {
+	if !ingestKey.MatchString(key) || strings.HasSuffix(key, progressSuffix) {
+		return nil, fmt.Errorf("ingest: %.100q is not a key", key)
+	}
+	i := &Ingest{s: s, path: s.path("ingest", key)}
+	for {
+		f, err := disk.OpenFile(i.path, os.O_RDWR|os.O_CREATE, 0o644)
+		if err != nil {
+			return nil, fmt.Errorf("ingest: %w", err)
+		}
+		ok, err := f.Lock(true)
+		if err != nil {
+			_ = f.Close()
+			return nil, fmt.Errorf("ingest: %w", err)
+		}
+		if ok && i.isAt(f) {
+			i.file = f
+			return i, nil
+		}
+		_ = f.Close()
+		if ok {
+			continue // its last owner published or dropped it meanwhile
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for another process that fetches %s: %w", key, ctx.Err())
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// isAt tells whether f is the file that has the ingest's name now.
+func (i *Ingest) isAt(f *disk.File) bool {
+	mine, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	named, err := os.Lstat(i.path)
+	return err == nil && os.SameFile(mine, named)
+}
+
+// Locked tells whether some process has the ingest of this key open, for a
+// message to the person who waits.
+func (s *Store) Locked(key string) bool {
+	f, err := disk.OpenFile(s.path("ingest", key), os.O_RDONLY, 0)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	free, err := f.Lock(false)
+	return err == nil && !free
+}
+
+// File is the partial blob, open for reading and writing.
+func (i *Ingest) File() *disk.File { return i.file }
+
+// Progress is what the last SaveProgress stored, or nil.
+func (i *Ingest) Progress() ([]byte, error) {
+	data, err := os.ReadFile(i.path + progressSuffix)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read progress: %w", err)
+	}
+	return data, nil
+}
+
+// SaveProgress stores which parts of the file are there. It survives the death
+// of the process, and is not to be trusted after a power cut: what it promises
+// must be checked by hash before Commit.
+func (i *Ingest) SaveProgress(data []byte) error {
+	if err := atomicfile.WriteVolatile(i.path+progressSuffix, data, 0o644); err != nil {
+		return fmt.Errorf("save progress: %w", err)
+	}
+	return nil
+}
+
+// Adopt makes the ingest a hard link to src, a regular file on the store's
+// file system, instead of a copy. src keeps its name until the caller removes
+// it, which it may do only after the version is published; a process that has
+// src open for writing can still change the blob, so src must be a file that
+// nobody writes.
+func (i *Ingest) Adopt(src string) error {
+	tmp := i.s.path("ingest", atomicfile.TempPrefix+randomID())
+	if err := disk.Link(src, tmp); err != nil {
+		return fmt.Errorf("adopt %s: %w", src, err)
+	}
+	f, err := disk.OpenFile(tmp, os.O_RDWR, 0)
+	if err == nil {
+		var ok bool
+		if ok, err = f.Lock(true); err == nil && !ok {
+			err = fmt.Errorf("%s is locked by another process", src)
+		}
+	}
+	if err == nil {
+		err = disk.Rename(tmp, i.path)
+	}
+	if err != nil {
+		if f != nil {
+			_ = f.Close()
+		}
+		return errors.Join(fmt.Errorf("adopt %s: %w", src, err), ignoreAbsent(disk.Remove(tmp)))
+	}
+	_ = i.file.Close()
+	i.file = f
+	return nil
+}
+
+// Commit makes the file the blob of d: its bytes durable, its mode 0444, its
+// name the digest. The caller has computed d from the file's bytes and holds d
+// in a lease. The new name is durable once Publish has returned.
+// When the blob is there already, the file is dropped.
+func (i *Ingest) Commit(_ context.Context, d digest.Digest, size int64) error {
+	if err := modelpack.CheckDigest(d); err != nil {
+		return fmt.Errorf("commit blob: %w", err)
+	}
+	fi, err := i.file.Stat()
+	if err != nil {
+		return fmt.Errorf("commit blob %s: %w", d, err)
+	}
+	if fi.Size() != size {
+		return fmt.Errorf("commit blob %s: %w: the file has %d bytes, not %d", d, ErrDamaged, fi.Size(), size)
+	}
+	if err := i.file.Chmod(0o444); err != nil {
+		return fmt.Errorf("commit blob %s: %w", d, err)
+	}
+	if err := i.file.Sync(); err != nil {
+		return fmt.Errorf("commit blob %s: %w", d, full(err))
+	}
+	err = disk.RenameNoReplace(i.path, i.s.BlobPath(d))
+	if errors.Is(err, fs.ErrExist) {
+		have, ok, err := i.s.Stat(d)
+		if err != nil {
+			return err
+		}
+		if ok && have != size {
+			return fmt.Errorf("commit blob %s: %w: %s has %d bytes, not %d", d, ErrDamaged, i.s.BlobPath(d), have, size)
+		}
+		return i.Discard()
+	}
+	if err != nil {
+		return fmt.Errorf("commit blob %s: %w", d, err)
+	}
+	return errors.Join(ignoreAbsent(disk.Remove(i.path+progressSuffix)), i.file.Close())
+}
+
+// Discard drops the partial blob.
+func (i *Ingest) Discard() error {
+	err := ignoreAbsent(disk.Remove(i.path + progressSuffix))
+	err = errors.Join(err, ignoreAbsent(disk.Remove(i.path)))
+	return errors.Join(err, i.file.Close())
+}
+
+// Close leaves the partial blob for a later attempt.
+func (i *Ingest) Close() error { return i.file.Close() }
+
+// PutBlob stores a small blob. Like Commit, it leaves the durability of the
+// name to Publish.
+func (s *Store) PutBlob(ctx context.Context, lease *Lease, data []byte) (digest.Digest, error) {
+	d := digest.FromBytes(data)
+	if err := lease.Hold(ctx, d); err != nil {
+		return "", err
+	}
+	if _, ok, err := s.Stat(d); err != nil || ok {
+		return d, err
+	}
+	i, err := s.Ingest(ctx, "sha256-"+d.Encoded())
+	if err != nil {
+		return "", err
+	}
+	if err := i.file.Truncate(0); err != nil {
+		return "", errors.Join(fmt.Errorf("write blob %s: %w", d, full(err)), i.Close())
+	}
+	if _, err := i.file.WriteAt(data, 0); err != nil {
+		return "", errors.Join(fmt.Errorf("write blob %s: %w", d, full(err)), i.Discard())
+	}
+	if err := i.Commit(ctx, d, int64(len(data))); err != nil {
+		_ = i.Close()
+		return "", err
+	}
+	return d, nil
+}
+
+// full adds ErrFull to the kernel's ways of saying that there is no room.
+func full(err error) error {
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		return fmt.Errorf("%w: %w", ErrFull, err)
+	}
+	return err
+}
