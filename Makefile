@@ -1,0 +1,99 @@
+# make demo    a real model, two real containers, one copy: start here
+# make test    everything that is tested, on real engines and real file systems (root)
+# make bench   what it costs, beside what people do without Larder (root)
+# make build   bin/larder and bin/larder-plugin, static
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+GO      ?= go
+PREFIX  ?= /usr/local
+UNITDIR ?= /etc/systemd/system
+DESTDIR ?=
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+
+PROGRAMS := larder larder-plugin
+
+# Flags for the benchmarks and the demo: make bench BENCH="--quick --json".
+BENCH ?=
+MODEL ?=
+
+# Two test programs at a time: each of them starts engines, mounts and
+# processes of its own.
+TEST_JOBS    ?= 2
+TEST_TIMEOUT ?= 30m
+
+.PHONY: build
+build: ## static programs in bin/
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/larder ./cmd/larder
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/larder-plugin ./plugin
+
+.PHONY: demo
+demo: ## on a bare Debian machine too: installs what is missing, cleans up after itself
+	MODEL='$(MODEL)' GO='$(GO)' test/demo/demo.sh
+
+.PHONY: setup
+setup: ## what the tests need of the machine: packages, a current Docker engine
+	test/setup.sh
+
+# A skipped test counts as a failure here: test/report runs go test, prints its
+# lines and refuses a run in which anything was skipped or nothing ran.
+#
+# The packages of internal/ come first and side by side; those of test/ start
+# engines and fill disks, and have the machine to themselves.
+.PHONY: test
+test: setup build vet
+	LARDER_TEST_ALL=1 $(GO) run ./test/report -- $(GO) test -race -timeout $(TEST_TIMEOUT) -p $(TEST_JOBS) \
+		$$($(GO) list ./... | grep -v '/larder/test/')
+	LARDER_TEST_ALL=1 $(GO) run ./test/report -- $(GO) test -race -timeout $(TEST_TIMEOUT) -p 1 \
+		$$($(GO) list ./... | grep '/larder/test/')
+
+.PHONY: vet
+vet:
+	@unformatted=$$(git ls-files '*.go' | xargs -r gofmt -l); \
+	if [ -n "$$unformatted" ]; then echo "gofmt these files:" $$unformatted; exit 1; fi
+	$(GO) vet ./...
+	$(GO) vet -tags faults ./...
+
+.PHONY: bench
+bench: build
+	$(GO) run ./test/bench $(BENCH)
+
+.PHONY: lint
+lint:
+	golangci-lint run ./...
+
+.PHONY: install
+install: build ## programs, systemd units, shell completion
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(UNITDIR)
+	install -m 0755 $(addprefix bin/,$(PROGRAMS)) $(DESTDIR)$(PREFIX)/bin/
+	for unit in larder-plugin.socket larder-plugin.service; do \
+		sed 's|/usr/local/bin/|$(PREFIX)/bin/|g' deploy/systemd/$$unit > $(DESTDIR)$(UNITDIR)/$$unit; \
+		chmod 0644 $(DESTDIR)$(UNITDIR)/$$unit; \
+	done
+	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions \
+		$(DESTDIR)$(PREFIX)/share/zsh/site-functions \
+		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+	bin/larder completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/larder
+	bin/larder completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_larder
+	bin/larder completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/larder.fish
+	@echo 'Now: systemctl daemon-reload && systemctl enable --now larder-plugin.socket'
+
+.PHONY: plugin
+plugin: build ## a folder for "docker plugin create larder:latest out/plugin"
+	rm -rf out/plugin
+	install -d out/plugin/rootfs/etc/ssl/certs out/plugin/rootfs/tmp out/plugin/rootfs/run \
+		out/plugin/rootfs/var/lib/larder out/plugin/rootfs/mnt/larder
+	install -m 0644 config.json out/plugin/config.json
+	install -m 0755 bin/larder-plugin out/plugin/rootfs/larder-plugin
+	@if [ -e /etc/ssl/certs/ca-certificates.crt ]; then \
+		install -m 0644 /etc/ssl/certs/ca-certificates.crt out/plugin/rootfs/etc/ssl/certs/; \
+	fi
+	@echo 'Now: docker plugin create larder:latest out/plugin && docker plugin enable --timeout 120 larder:latest'
+
+.PHONY: clean
+clean:
+	rm -rf bin out
