@@ -438,3 +438,22 @@ func Unmount(target string, detach bool) error {
 	}
 	return nil
 }
+
+// Allocated is the space that a file takes on the disk, in bytes. Blocks that
+// clones share count for each of them.
+func Allocated(fi fs.FileInfo) int64 {
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
+		return st.Blocks * 512
+	}
+	return fi.Size()
+}
+
+// Free gives the bytes that are free for an ordinary user, and in all, on the
+// file system that holds path.
+func Free(path string) (free, capacity int64, err error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(path, &st); err != nil {
+		return 0, 0, &fs.PathError{Op: "statfs", Path: path, Err: err}
+	}
+	return int64(st.Bavail) * st.Bsize, int64(st.Blocks) * st.Bsize, nil
+}

@@ -202,4 +202,3 @@ func distance(a, b string) int {
 	}
 	return row[len(b)]
 }
-
