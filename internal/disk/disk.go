@@ -136,6 +136,14 @@ func (f *File) Chmod(mode fs.FileMode) error {
 	return f.f.Chmod(mode)
 }
 
+// Chown sets the owner; -1 leaves a value as it is.
+func (f *File) Chown(uid, gid int) error {
+	if err := step("chown", f.Name()); err != nil {
+		return err
+	}
+	return f.f.Chown(uid, gid)
+}
+
 // Sync makes the file's bytes durable. The name is durable only after SyncDir
 // of its folder.
 func (f *File) Sync() error {
@@ -285,6 +293,15 @@ func Remove(path string) error {
 		return err
 	}
 	return os.Remove(path)
+}
+
+// RemoveIn unlinks a file or an empty folder below root, without following a
+// link out of it.
+func RemoveIn(root *os.Root, name string) error {
+	if err := step("remove", filepath.Join(root.Name(), name)); err != nil {
+		return err
+	}
+	return root.Remove(name)
 }
 
 // RemoveAll removes path and what is below it, each entry as one step. It does
