@@ -218,11 +218,11 @@ func setPath(put func(*Config, string)) func(*Config, string) error {
 	}
 }
 
-var nodeName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$`)
+var nodeName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
 
 func setNode(c *Config, v string) error {
 	if !nodeName.MatchString(v) {
-		return fmt.Errorf("%.100q is not a node's name (letters, digits, '.', '_' and '-')", v)
+		return fmt.Errorf("%.100q is not a node's name (letters, digits, '.', '_' and '-', at most 63)", v)
 	}
 	c.Node = v
 	return nil
