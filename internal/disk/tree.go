@@ -3,6 +3,7 @@ package disk
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -152,6 +153,9 @@ func firstNames(fd int) ([]string, error) {
 	}
 	d := os.NewFile(uintptr(again), "")
 	defer d.Close()
-	names, _ := d.Readdirnames(1024)
-	return names, nil
+	names, err := d.Readdirnames(1024)
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return names, err
 }
