@@ -1,0 +1,119 @@
+package testenv
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// FS is a file system of a test's own.
+type FS struct {
+	Dir   string // where it is mounted
+	Image string // the file that holds it; empty for tmpfs
+
+	t       testing.TB
+	fstype  string
+	options string
+}
+
+// LoopFS makes a file system of size bytes in a sparse file, mounts it on a
+// loop device with the options given, and takes both away when the test ends.
+// fstype is ext4, xfs, btrfs or tmpfs (which has no image). With the option
+// prjquota the file system is made with project quotas.
+//
+// mkfs.xfs wants 300 MiB at least, mkfs.btrfs 110 MiB.
+func LoopFS(t testing.TB, fstype string, size int64, options ...string) *FS {
+	t.Helper()
+	NeedRoot(t)
+	fs := &FS{Dir: filepath.Join(t.TempDir(), fstype), t: t, fstype: fstype, options: strings.Join(options, ",")}
+	if err := os.Mkdir(fs.Dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if fstype != "tmpfs" {
+		NeedPrograms(t, "mkfs."+fstype, "losetup", "mount", "umount")
+		fs.Image = filepath.Join(t.TempDir(), fstype+".img")
+		fs.make(size)
+	}
+	// A file system that stays mounted would make the removal of the test's
+	// folder delete what is in it, so the test fails loudly instead.
+	t.Cleanup(func() { fs.Unmount() })
+	fs.Mount()
+	return fs
+}
+
+func (fs *FS) make(size int64) {
+	fs.t.Helper()
+	f, err := os.Create(fs.Image)
+	if err != nil {
+		fs.t.Fatal(err)
+	}
+	if err := f.Truncate(size); err != nil {
+		fs.t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		fs.t.Fatal(err)
+	}
+	args := map[string][]string{
+		"ext4":  {"-q", "-F", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard"},
+		"xfs":   {"-q", "-f", "-K"},
+		"btrfs": {"-q", "-f", "-K"},
+	}[fs.fstype]
+	if fs.fstype == "ext4" && strings.Contains(fs.options, "prjquota") {
+		args = append(args, "-O", "project,quota", "-E", "quotatype=prjquota,lazy_itable_init=1,lazy_journal_init=1,nodiscard")
+	}
+	run(fs.t, "mkfs."+fs.fstype, append(args, fs.Image)...)
+}
+
+// Mount mounts the file system again, after Unmount.
+func (fs *FS) Mount() {
+	fs.t.Helper()
+	if fs.fstype == "tmpfs" {
+		run(fs.t, "mount", "-t", "tmpfs", "-o", "size=1g,"+fs.options, "tmpfs", fs.Dir)
+		return
+	}
+	options := "loop"
+	if fs.options != "" {
+		options += "," + fs.options
+	}
+	cmd := exec.Command("mount", "-t", fs.fstype, "-o", options, fs.Image, fs.Dir)
+	out, err := cmd.CombinedOutput()
+	if err == nil {
+		return
+	}
+	if fs.fstype == "xfs" && strings.Contains(fs.options, "prjquota") {
+		// No test can bring a kernel that was built without CONFIG_XFS_QUOTA
+		// to have quotas, so this is not a gap that CI could close.
+		if _, e := os.Stat("/proc/fs/xfs/xqmstat"); os.IsNotExist(e) {
+			fs.t.Skip("this kernel has XFS without quotas")
+		}
+	}
+	fs.t.Fatalf("%v: %v\n%s", cmd.Args, err, out)
+}
+
+// Unmount unmounts the file system, as a shutdown in good order does, unless
+// it is unmounted already.
+func (fs *FS) Unmount() {
+	fs.t.Helper()
+	var out []byte
+	for range 50 {
+		if exec.Command("mountpoint", "-q", fs.Dir).Run() != nil {
+			return
+		}
+		var err error
+		if out, err = exec.Command("umount", fs.Dir).CombinedOutput(); err == nil {
+			continue
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	fs.t.Fatalf("umount %s: %s", fs.Dir, out)
+}
+
+func run(t testing.TB, name string, args ...string) {
+	t.Helper()
+	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
+		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+	}
+}
