@@ -1,0 +1,154 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"github.com/larder-project/larder/internal/testenv"
+	"github.com/larder-project/larder/test/engine"
+)
+
+// programs is where TestMain puts what it builds: larder, larder-plugin with
+// the race detector, and larder-plugin-static for managed plugins.
+var programs string
+
+func TestMain(m *testing.M) {
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	if os.Geteuid() != 0 {
+		return m.Run() // each test says what it needs
+	}
+	dir, err := os.MkdirTemp("", "larder-e2e-bin-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	programs = dir
+	for _, b := range []struct {
+		program, pkg string
+		race         bool
+	}{
+		{"larder", "./cmd/larder", false},
+		{"larder-plugin", "./plugin", true},
+		{"larder-plugin-static", "./plugin", false},
+	} {
+		args := []string{"build", "-o", filepath.Join(dir, b.program)}
+		cgo := "CGO_ENABLED=0"
+		if b.race {
+			args, cgo = append(args, "-race"), "CGO_ENABLED=1"
+		}
+		build := exec.Command("go", append(args, b.pkg)...)
+		build.Dir = checkout
+		build.Env = append(os.Environ(), cgo)
+		build.Stdout, build.Stderr = os.Stderr, os.Stderr
+		if err := build.Run(); err != nil {
+			fmt.Fprintf(os.Stderr, "build %s: %v\n", b.pkg, err)
+			return 1
+		}
+	}
+	code := m.Run()
+	for _, s := range shared {
+		if s.engine != nil {
+			if err := s.engine.Close(); err != nil {
+				fmt.Fprintln(os.Stderr, "close the shared engine:", err)
+				code = max(code, 1)
+			}
+		}
+	}
+	return code
+}
+
+// checkout is the top of the repository, seen from this package.
+const checkout = "../.."
+
+// kinds are the engines that everything is tested on.
+var kinds = []struct {
+	name string
+	find func() (engine.Kind, error)
+}{{"debian", engine.Debian}, {"current", engine.Current}}
+
+type sharedEngine struct {
+	once   sync.Once
+	engine *engine.Engine
+	err    error
+}
+
+var shared = map[string]*sharedEngine{"debian": {}, "current": {}}
+
+func need(t *testing.T) {
+	t.Helper()
+	testenv.NeedRoot(t)
+	testenv.NeedPrograms(t, "docker", "busybox", "chattr")
+}
+
+// eachEngine runs the test on every engine. The engine is shared: the test
+// must leave it running.
+func eachEngine(t *testing.T, test func(t *testing.T, e *engine.Engine)) {
+	t.Helper()
+	need(t)
+	t.Parallel()
+	for _, k := range kinds {
+		t.Run(k.name, func(t *testing.T) {
+			t.Parallel()
+			s := shared[k.name]
+			s.once.Do(func() {
+				s.engine, s.err = startEngine(context.Background(), k.find, engine.Options{})
+			})
+			testenv.Need(t, s.err == nil, fmt.Sprintf("the %s engine: %v", k.name, s.err))
+			test(t, s.engine)
+		})
+	}
+}
+
+// ownEngine runs the test on every engine, each started for it alone.
+func ownEngine(t *testing.T, o engine.Options, test func(t *testing.T, e *engine.Engine)) {
+	t.Helper()
+	need(t)
+	t.Parallel()
+	for _, k := range kinds {
+		t.Run(k.name, func(t *testing.T) {
+			t.Parallel()
+			e, err := startEngine(t.Context(), k.find, o)
+			testenv.Need(t, err == nil, fmt.Sprintf("the %s engine: %v", k.name, err))
+			t.Cleanup(func() {
+				if t.Failed() {
+					t.Logf("the engine's last words:\n%s", e.LogTail(25))
+				}
+				if err := e.Close(); err != nil {
+					t.Errorf("close the engine: %v", err)
+				}
+			})
+			test(t, e)
+		})
+	}
+}
+
+func startEngine(ctx context.Context, find func() (engine.Kind, error), o engine.Options) (*engine.Engine, error) {
+	kind, err := find()
+	if err != nil {
+		return nil, err
+	}
+	dir, err := os.MkdirTemp("", "larder-e2e-eng-")
+	if err != nil {
+		return nil, err
+	}
+	e, err := engine.New(kind, dir, o)
+	if err != nil {
+		return nil, err
+	}
+	if err := e.Start(ctx); err != nil {
+		return nil, fmt.Errorf("%w (%w)", err, e.Close())
+	}
+	if err := e.LoadImage(ctx); err != nil {
+		return nil, fmt.Errorf("%w (%w)", err, e.Close())
+	}
+	return e, nil
+}

@@ -1,0 +1,283 @@
+package e2e
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/larder-project/larder/test/engine"
+)
+
+// The plugin as the engine's own: config.json and a static binary. What the
+// engine does to such a plugin (kills, disables, upgrades, removes it) must
+// neither disturb containers nor lose volumes.
+
+// managed is a node whose plugin the engine runs.
+type managed struct {
+	*node
+	name string // of the plugin, tag included: it is the driver's name
+}
+
+// pluginFolder makes what docker plugin create wants: config.json and rootfs/.
+func pluginFolder(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	config := read(t, filepath.Join(checkout, "config.json"))
+	write(t, filepath.Join(dir, "config.json"), config)
+	var c struct {
+		Entrypoint      []string
+		PropagatedMount string
+		Mounts          []struct{ Destination string }
+	}
+	ok(t, json.Unmarshal([]byte(config), &c))
+	rootfs := filepath.Join(dir, "rootfs")
+	for _, folder := range []string{"etc/ssl/certs", "tmp", "run/docker/plugins", "proc", "sys", "dev"} {
+		ok(t, os.MkdirAll(filepath.Join(rootfs, folder), 0o755))
+	}
+	for _, m := range c.Mounts {
+		ok(t, os.MkdirAll(filepath.Join(rootfs, m.Destination), 0o755))
+	}
+	if c.PropagatedMount != "" {
+		ok(t, os.MkdirAll(filepath.Join(rootfs, c.PropagatedMount), 0o755))
+	}
+	program := filepath.Join(rootfs, c.Entrypoint[0])
+	ok(t, os.MkdirAll(filepath.Dir(program), 0o755))
+	data, err := os.ReadFile(filepath.Join(programs, "larder-plugin-static"))
+	ok(t, err)
+	ok(t, os.WriteFile(program, data, 0o755))
+	return dir
+}
+
+func newManaged(t *testing.T, e *engine.Engine) *managed {
+	t.Helper()
+	n := newNode(t, e)
+	m := &managed{node: n, name: n.driver + ":1"}
+	n.driver = m.name
+	n.docker("plugin", "create", m.name, pluginFolder(t))
+	m.docker("plugin", "set", m.name, "root.source="+n.root)
+	m.docker("plugin", "enable", "--timeout", "120", m.name)
+	return m
+}
+
+// pid is the plugin's process.
+func (m *managed) pid() int {
+	m.t.Helper()
+	id := m.docker("plugin", "inspect", "--format", "{{.ID}}", m.name)
+	found := 0
+	m.within(30*time.Second, "the plugin has a process", func() error {
+		entries, err := os.ReadDir("/proc")
+		if err != nil {
+			return err
+		}
+		for _, entry := range entries {
+			pid, err := strconv.Atoi(entry.Name())
+			if err != nil {
+				continue
+			}
+			cgroup, err := os.ReadFile(filepath.Join("/proc", entry.Name(), "cgroup"))
+			if err != nil || !strings.Contains(string(cgroup), id) {
+				continue
+			}
+			if status, err := os.ReadFile(filepath.Join("/proc", entry.Name(), "status")); err != nil || strings.Contains(string(status), "State:\tZ") {
+				continue
+			}
+			found = pid
+			return nil
+		}
+		return errors.New("there is none")
+	})
+	return found
+}
+
+func TestManagedPluginDoesTheJob(t *testing.T) {
+	ownEngine(t, engine.Options{}, func(t *testing.T, e *engine.Engine) {
+		m := newManaged(t, e)
+		m.importModel("tiny:1.0.0", tiny(40))
+		v := m.volume("v", "model=tiny")
+		a, b := m.start("--user", "1000", "-v", v+":/models"), m.start("--user", "2000", "-v", v+":/models")
+		m.sh(a, "echo a > /models/mine")
+		if got := m.sh(b, "ls /models; sha256sum < /models/model.safetensors"); got != "config.json\nmodel.safetensors\ntokenizer\n"+sha256hex(weights(40))+"  -" {
+			t.Errorf("the other container sees %q", got)
+		}
+		if got := m.inspect(v, "{{.Status.version}}"); !strings.Contains(got, "1.0.0") {
+			t.Errorf("docker volume inspect shows version %q", got)
+		}
+		if got := len(m.ps()); got != 2 {
+			t.Errorf("larder ps on the host lists %d mounts, want 2", got)
+		}
+		if _, err := m.larderErr("rm", "tiny:1.0.0"); exitCode(err) != 4 {
+			t.Errorf("larder rm on the host: %v, want exit code 4", err)
+		}
+		m.docker("rm", "-f", a, b)
+		m.eventually("no writes are left", m.noUppers)
+		m.docker("volume", "rm", v)
+	})
+}
+
+func TestManagedPluginKilled(t *testing.T) {
+	ownEngine(t, engine.Options{}, func(t *testing.T, e *engine.Engine) {
+		m := newManaged(t, e)
+		m.importModel("tiny", tiny(41))
+		v := m.volume("v", "model=tiny")
+		c := m.start("-v", v+":/models")
+		m.sh(c, "echo mine > /models/mine")
+		old := m.pid()
+		ok(t, syscall.Kill(old, syscall.SIGKILL))
+		m.eventually("the engine starts it again", func() error {
+			if pid := m.pid(); pid == old {
+				return errors.New("it is the old one")
+			}
+			_, err := e.Docker(t.Context(), "run", "--rm", "--network", "none", "-v", v+":/models", engine.Image, "ls", "/models/config.json")
+			return err
+		})
+		if got := m.sh(c, "cat /models/mine; ls /models/tokenizer"); got != "mine\nvocab.txt" {
+			t.Errorf("the container sees %q", got)
+		}
+		if got := len(m.ps()); got != 1 {
+			t.Errorf("larder ps lists %d mounts, want the one that lives", got)
+		}
+		m.docker("cp", c+":/models/mine", filepath.Join(t.TempDir(), "out"))
+		m.docker("restart", c)
+		m.sh(c, "ls /models/tokenizer/vocab.txt")
+		m.docker("rm", "-f", c)
+		m.eventually("no writes are left", m.noUppers)
+		m.docker("volume", "rm", v)
+	})
+}
+
+// disable -f takes the plugin's mounts from the host; the container keeps its
+// own, and its next start mounts the same ID again.
+func TestManagedPluginDisabled(t *testing.T) {
+	ownEngine(t, engine.Options{}, func(t *testing.T, e *engine.Engine) {
+		m := newManaged(t, e)
+		m.importModel("tiny", tiny(42))
+		run, kept := m.volume("run", "model=tiny"), m.volume("kept", "model=tiny", "scope=volume")
+		c := m.start("-v", run+":/models", "-v", kept+":/kept")
+		m.sh(c, "echo mine > /kept/mine; echo mine > /models/mine")
+		m.docker("plugin", "disable", "-f", m.name)
+		if got := m.sh(c, "cat /models/mine /kept/mine; sha256sum < /models/model.safetensors"); got != "mine\nmine\n"+sha256hex(weights(42))+"  -" {
+			t.Errorf("without the plugin the container sees %q", got)
+		}
+		m.docker("plugin", "enable", "--timeout", "120", m.name)
+		m.docker("restart", c)
+		if got := m.sh(c, "cat /kept/mine; ls /models/tokenizer"); got != "mine\nvocab.txt" {
+			t.Errorf("started again the container sees %q", got)
+		}
+		m.docker("stop", c)
+		m.docker("plugin", "disable", "-f", m.name)
+		m.docker("plugin", "enable", "--timeout", "120", m.name)
+		m.docker("start", c)
+		if got := m.sh(c, "cat /kept/mine; ls /models/tokenizer"); got != "mine\nvocab.txt" {
+			t.Errorf("after stop, disable, enable and start the container sees %q", got)
+		}
+		m.docker("rm", "-f", c)
+		m.docker("volume", "rm", run, kept)
+		m.eventually("no writes are left", m.noUppers)
+	})
+}
+
+// rm and upgrade replace the plugin's files; models, volumes and what they
+// keep lie in the host's folder.
+func TestManagedPluginRemovedAndMadeAnew(t *testing.T) {
+	ownEngine(t, engine.Options{}, func(t *testing.T, e *engine.Engine) {
+		m := newManaged(t, e)
+		m.importModel("tiny", tiny(43))
+		v := m.volume("kept", "model=tiny", "scope=volume")
+		m.run("-v", v+":/models", engine.Image, "sh", "-c", "echo mine > /models/mine")
+		m.docker("plugin", "disable", "-f", m.name)
+		m.docker("plugin", "rm", "-f", m.name)
+		m.larder("verify")
+		m.docker("plugin", "create", m.name, pluginFolder(t))
+		m.docker("plugin", "set", m.name, "root.source="+m.root)
+		m.docker("plugin", "enable", "--timeout", "120", m.name)
+		if got := m.run("-v", v+":/models", engine.Image, "cat", "/models/mine"); got != "mine" {
+			t.Errorf("after rm and create the volume keeps %q", got)
+		}
+		m.docker("volume", "rm", v)
+	})
+}
+
+func TestManagedPluginUpgraded(t *testing.T) {
+	ownEngine(t, engine.Options{}, func(t *testing.T, e *engine.Engine) {
+		l, err := e.Listen()
+		ok(t, err)
+		registry := &http.Server{Handler: newRegistry()}
+		go registry.Serve(l)
+		defer registry.Close()
+		m := newManaged(t, e)
+		remote := l.Addr().String() + "/larder:2"
+		m.docker("plugin", "create", remote, pluginFolder(t))
+		m.docker("plugin", "push", remote)
+		m.docker("plugin", "rm", remote)
+
+		m.importModel("tiny", tiny(44))
+		v := m.volume("kept", "model=tiny", "scope=volume")
+		c := m.start("-v", v+":/models")
+		m.sh(c, "echo mine > /models/mine")
+		m.docker("stop", c)
+		m.docker("plugin", "disable", "-f", m.name)
+		m.docker("plugin", "upgrade", "--grant-all-permissions", "--skip-remote-check", m.name, remote)
+		m.docker("plugin", "set", m.name, "root.source="+m.root)
+		m.docker("plugin", "enable", "--timeout", "120", m.name)
+		m.docker("start", c)
+		if got := m.sh(c, "cat /models/mine; ls /models/tokenizer"); got != "mine\nvocab.txt" {
+			t.Errorf("after the upgrade the container sees %q", got)
+		}
+		if got := m.inspect(v, "{{.Options.model}}"); got != "tiny" {
+			t.Errorf("after the upgrade the volume's options are %q", got)
+		}
+		m.docker("rm", "-f", c)
+		m.docker("volume", "rm", v)
+	})
+}
+
+// A managed plugin that is slow to listen is disabled after four tries, the
+// first after half a second. So the plugin listens at once, and does what
+// takes long behind it.
+func TestPluginListensAtOnce(t *testing.T) {
+	eachEngine(t, func(t *testing.T, e *engine.Engine) {
+		n := newNode(t, e)
+		n.importModel("tiny", tiny(45))
+		n.startPlugin()
+		const count = 300
+		for i := range count {
+			name := n.unique(fmt.Sprintf("v%03d", i))
+			if _, err := n.call("VolumeDriver.Create", map[string]any{"Name": name, "Opts": map[string]string{"model": "tiny"}}); err != nil {
+				t.Fatal(err)
+			}
+			if i >= 100 {
+				continue
+			}
+			if _, err := n.call("VolumeDriver.Mount", map[string]string{"Name": name, "ID": fmt.Sprintf("%064x", i)}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		n.killPlugin()
+		_ = os.Remove(n.socket)
+		begin := time.Now()
+		n.plugin = n.spawn(filepath.Join(programs, "larder-plugin-static"), nil, nil, "--root", n.root, "--socket", n.socket)
+		n.waitPlugin()
+		if took := time.Since(begin); took > 500*time.Millisecond {
+			t.Errorf("with %d volumes and 100 mounts the plugin answers after %s", count, took)
+		}
+		for i := range count {
+			name := n.unique(fmt.Sprintf("v%03d", i))
+			if i < 100 {
+				if _, err := n.call("VolumeDriver.Unmount", map[string]string{"Name": name, "ID": fmt.Sprintf("%064x", i)}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if _, err := n.call("VolumeDriver.Remove", map[string]string{"Name": name}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
