@@ -337,7 +337,7 @@ func (n *node) volume(name string, options ...string) string {
 
 // unique makes a name that no other test on the shared engine has.
 func (n *node) unique(name string) string {
-	return name + "-" + strings.TrimPrefix(n.driver, "larder-")
+	return name + "-" + strings.TrimPrefix(n.label, "node=larder-")
 }
 
 // run runs a container to its end and returns what it printed.
