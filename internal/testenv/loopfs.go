@@ -28,7 +28,14 @@ type FS struct {
 func LoopFS(t testing.TB, fstype string, size int64, options ...string) *FS {
 	t.Helper()
 	NeedRoot(t)
-	fs := &FS{Dir: filepath.Join(t.TempDir(), fstype), t: t, fstype: fstype, options: strings.Join(options, ",")}
+	temp := t.TempDir()
+	// Tests look at the file system as other users too.
+	for _, dir := range []string{temp, filepath.Dir(temp)} {
+		if err := os.Chmod(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fs := &FS{Dir: filepath.Join(temp, fstype), t: t, fstype: fstype, options: strings.Join(options, ",")}
 	if err := os.Mkdir(fs.Dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
