@@ -122,7 +122,9 @@ func (i *Ingest) Adopt(src string) error {
 	if err := disk.Link(src, tmp); err != nil {
 		return fmt.Errorf("adopt %s: %w", src, err)
 	}
-	f, err := disk.OpenFile(tmp, os.O_RDWR, 0)
+	// For reading only: the caller may hold a read lease on the file, which
+	// opening it for writing would break, and Commit needs no more.
+	f, err := disk.OpenFile(tmp, os.O_RDONLY, 0)
 	if err == nil {
 		var ok bool
 		if ok, err = f.Lock(true); err == nil && !ok {

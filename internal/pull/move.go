@@ -1,0 +1,249 @@
+package pull
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"sync"
+
+	"github.com/larder-project/larder/internal/source"
+)
+
+// Taking files over (Options.Move).
+//
+// A file is never renamed into the store: a crash would leave it where its
+// owner does not look, and clean-up would take it for a remnant. It gets a
+// second name (a hard link), becomes a blob under that, and loses its old name
+// only when the version is published. So at every moment it is where it was,
+// or in a published version, or both.
+//
+// What a hard link alone would allow is that somebody who has the file open
+// for writing changes the blob later. Therefore a file is taken over only under
+// a read lease, which the kernel gives when nobody has it open or mapped for
+// writing. The lease is held while the file is hashed and until its old name is
+// gone; whoever wants to write meanwhile waits in open(2). If somebody does, the
+// file is copied instead. Between the commit of the first file and the removal
+// of the old names lies one publication; a writer that comes in that moment is
+// found afterwards and reported, for the blob can then no longer be trusted.
+//
+// The blob belongs to whoever runs this process and has mode 0444, so that the
+// file's former owner cannot write to it either.
+//
+// After a crash in that moment the files are where they were, read-only and
+// perhaps with another owner, and the same command finishes the work. They
+// share their blocks with blobs that no version uses: run it again before
+// writing to them.
+//
+// Files that are small, on another file system, linked elsewhere, or that
+// cannot be leased are cloned or copied, and removed at the end as the others.
+
+const (
+	// Below this, copying is as fast as linking.
+	moveAtLeast = 1 << 20
+	// Each leased file is an open one.
+	maxMoved = 512
+)
+
+type taking struct {
+	it     *item
+	f      *os.File
+	place  string
+	still  *stillness
+	s      *sums
+	linked bool
+}
+
+type moved struct {
+	mu    sync.Mutex
+	files []*taking
+}
+
+// tryMove hashes a file where it lies, under a lease. Whether it was taken is
+// told by keep: then the file stays open until the end.
+func (r *run) tryMove(ctx context.Context, it *item, f *os.File, before fs.FileInfo) (keep bool, err error) {
+	p, ok := r.src.(placed)
+	if !ok || it.want.Size < moveAtLeast || len(it.paths) > 1 {
+		return false, nil
+	}
+	place, sole, err := p.Place(it.want)
+	if err != nil {
+		return false, err
+	}
+	if !sole || !r.sameDevice(before) {
+		return false, nil
+	}
+	if links(before) == 2 {
+		// A crash between link and commit left our own second name.
+		ing, err := r.st.Ingest(ctx, r.localKey(it, "move-"))
+		if err != nil {
+			return false, err
+		}
+		if err := ing.Discard(); err != nil {
+			return false, err
+		}
+		if before, err = f.Stat(); err != nil {
+			return false, err
+		}
+	}
+	if links(before) != 1 {
+		return false, nil
+	}
+	t := &taking{it: it, f: f, place: place, still: holdStill(f), s: newSums(it.want.Size, it.wantsGit())}
+	defer func() {
+		if !keep {
+			t.still.release()
+		}
+	}()
+	r.moved.mu.Lock()
+	room := len(r.moved.files) < maxMoved
+	if room {
+		r.moved.files = append(r.moved.files, t)
+	}
+	r.moved.mu.Unlock()
+	if !room {
+		return false, nil
+	}
+	defer func() {
+		if !keep {
+			r.moved.drop(t)
+		}
+	}()
+	var counted int64
+	err = hashFile(ctx, f, it.want.Size, t.s, func(n int64) error {
+		if !t.still.held() {
+			return errDisturbed
+		}
+		counted += n
+		r.o.Progress.Bytes(it.want.Path, n)
+		return nil
+	})
+	if errors.Is(err, errDisturbed) {
+		r.o.Progress.Bytes(it.want.Path, -counted)
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("read file %q: %w", it.want.Path, err)
+	}
+	if err := errors.Join(unchanged(f, before, it), t.s.check(it.want)); err != nil {
+		return false, err
+	}
+	return true, nil
+}
+
+func (m *moved) drop(t *taking) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for i, o := range m.files {
+		if o == t {
+			m.files = append(m.files[:i], m.files[i+1:]...)
+			return
+		}
+	}
+}
+
+// commitMoved makes the leased files blobs, all at the end, so that they have
+// two names for as short as possible.
+func (r *run) commitMoved(ctx context.Context) error {
+	for _, t := range r.moved.files {
+		done, err := r.commitOne(ctx, t)
+		if err != nil {
+			return err
+		}
+		if done {
+			continue
+		}
+		// It could not be linked, or somebody wants to write: a copy it is.
+		t.still.release()
+		before, err := t.f.Stat()
+		if err != nil {
+			return err
+		}
+		r.o.Progress.Bytes(t.it.want.Path, -t.it.want.Size)
+		if err := r.duplicate(ctx, t.it, t.f, before); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *run) commitOne(ctx context.Context, t *taking) (bool, error) {
+	if !t.still.held() {
+		return false, nil
+	}
+	ing, err := r.st.Ingest(ctx, r.localKey(t.it, "move-"))
+	if err != nil {
+		return false, err
+	}
+	if err := ing.Adopt(t.place); err != nil {
+		return false, ing.Discard() // for instance too many links, or a policy
+	}
+	mine, err1 := t.f.Stat()
+	theirs, err2 := ing.File().Stat()
+	if err := errors.Join(err1, err2); err != nil {
+		return false, errors.Join(err, ing.Discard())
+	}
+	if !os.SameFile(mine, theirs) || !t.still.held() {
+		return false, ing.Discard() // another file has its name now
+	}
+	if err := ing.File().Chown(os.Geteuid(), os.Getegid()); err != nil {
+		return false, ing.Discard()
+	}
+	t.linked = true
+	if t.it.gitOID == "" {
+		t.it.gitOID = t.s.gitOID()
+	}
+	return true, r.commit(ctx, t.it, ing, t.s, Moved)
+}
+
+// removable is a source whose files can be removed one by one, and what is
+// left of the version at the end.
+type removable interface {
+	Remove(f source.File) error
+	Finish() error
+}
+
+// removeOriginals ends a move: the version is published.
+func (r *run) removeOriginals() error {
+	src, ok := r.src.(removable)
+	if !ok {
+		return errors.New("this source cannot remove files")
+	}
+	var disturbed error
+	stays := map[string]bool{}
+	for _, t := range r.moved.files {
+		if t.linked && !t.still.held() {
+			stays[t.it.want.Path] = true
+			disturbed = errors.Join(disturbed, fmt.Errorf("%w: file %q was opened for writing while it was taken over; it stays where it was, and its copy in the store may change with it: run larder verify", source.ErrChanged, t.it.want.Path))
+		}
+	}
+	var failed []error
+	for _, f := range r.snap.Files {
+		if stays[f.Path] {
+			continue
+		}
+		if err := src.Remove(f); err != nil {
+			failed = append(failed, err)
+		}
+	}
+	const shown = 5
+	if more := len(failed) - shown; more > 0 {
+		failed = append(failed[:shown], fmt.Errorf("and %d more", more))
+	}
+	if err := errors.Join(append(failed, disturbed)...); err != nil {
+		return err
+	}
+	return src.Finish()
+}
+
+// closeMoved lets go of all leased files.
+func (r *run) closeMoved() error {
+	var errs []error
+	for _, t := range r.moved.files {
+		t.still.release()
+		errs = append(errs, t.f.Close())
+	}
+	r.moved.files = nil
+	return errors.Join(errs...)
+}
