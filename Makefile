@@ -60,7 +60,7 @@ vet:
 
 .PHONY: bench
 bench: build
-	$(GO) run ./test/bench $(BENCH)
+	CGO_ENABLED=0 $(GO) run ./test/bench $(BENCH)
 
 .PHONY: lint
 lint:

@@ -35,6 +35,7 @@ var order = []string{
 	"internal/source/huggingface",
 	"internal/store",
 	"internal/pull",
+	"internal/progress",
 	"internal/view",
 	"internal/overlay",
 	"internal/usage",
