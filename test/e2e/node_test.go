@@ -29,7 +29,7 @@ import (
 
 // patience is how long something may take that Larder does on its own time:
 // reaping what the engine forgot.
-const patience = 45 * time.Second
+const patience = 75 * time.Second
 
 // node is one installation of Larder: a root folder, a plugin process, and the
 // driver name by which the engine knows it.
@@ -251,6 +251,9 @@ func (n *node) post(method string, body []byte) (map[string]any, error) {
 	}
 	answer := map[string]any{}
 	if err := json.Unmarshal(data, &answer); err != nil {
+		if response.StatusCode >= http.StatusBadRequest {
+			return nil, refusal(data)
+		}
 		return nil, fmt.Errorf("%s answered %d with no JSON: %q", method, response.StatusCode, data)
 	}
 	if text, _ := answer["Err"].(string); text != "" || response.StatusCode != http.StatusOK {
@@ -394,16 +397,42 @@ func (n *node) nothingMounted() error {
 	return nil
 }
 
-// noUppers tells whether nothing that containers wrote is left.
+// noUppers tells whether nothing that containers wrote is left: neither of a
+// run (uppers/run/VOLUME/ID) nor of a volume (uppers/volume/VOLUME).
 func (n *node) noUppers() error {
-	left, err := os.ReadDir(filepath.Join(n.root, "node", "uppers"))
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	if len(left) > 0 {
-		return fmt.Errorf("%d uppers are left, the first is %s", len(left), left[0].Name())
+	for _, kind := range []string{"run", "volume"} {
+		left, err := os.ReadDir(filepath.Join(n.root, "node", "uppers", kind))
+		if err != nil {
+			return err
+		}
+		if len(left) > 0 {
+			return fmt.Errorf("what %d %ss wrote is left, the first is %s", len(left), kind, left[0].Name())
+		}
 	}
 	return nil
+}
+
+// age makes every mount look as if it had been asked for some minutes ago: an
+// engine has so long to start its container before the mount is taken away.
+func (n *node) age() {
+	n.t.Helper()
+	records, err := filepath.Glob(filepath.Join(n.root, "node", "mounts", "*", "*", "*.json"))
+	if err != nil || len(records) == 0 {
+		n.t.Fatalf("no record of a mount: %v, %v", records, err)
+	}
+	for _, path := range records {
+		var record map[string]any
+		ok(n.t, json.Unmarshal([]byte(read(n.t, path)), &record))
+		called, is := record["called"].(float64)
+		if !is {
+			n.t.Fatalf("%s does not say when the mount was asked for", path)
+		}
+		record["called"] = called - 16*60
+		data, err := json.Marshal(record)
+		ok(n.t, err)
+		ok(n.t, os.WriteFile(path+".aged", data, 0o600))
+		ok(n.t, os.Rename(path+".aged", path))
+	}
 }
 
 // eventually waits until check has nothing to complain about.
