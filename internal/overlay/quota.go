@@ -40,7 +40,11 @@ func quotaEnforced(dir string) (bool, error) {
 func newProject(ctx context.Context, dir, stateDir string, bytes int64) error {
 	id, err := disk.Project(dir)
 	if err != nil {
-		return fmt.Errorf("read project id: %w", err)
+		return noQuota(err)
+	}
+	// A limit that nobody enforces would be set without a word.
+	if on, err := quotaEnforced(dir); err != nil || !on {
+		return noQuota(err)
 	}
 	if id < firstProject || id > lastProject {
 		if id, err = takeProject(ctx, dir, stateDir); err != nil {
@@ -52,6 +56,15 @@ func newProject(ctx context.Context, dir, stateDir string, bytes int64) error {
 	}
 	return nil
 }
+
+func noQuota(err error) error {
+	if err == nil || errors.Is(err, disk.ErrNotSupported) {
+		return fmt.Errorf("%w: the file system has no project quotas, or they are switched off; %s", ErrLimit, quotaAdvice)
+	}
+	return fmt.Errorf("look for project quotas: %w", err)
+}
+
+const quotaAdvice = "mount XFS with the option prjquota; for ext4, `tune2fs -O project,quota -Q prjquota DEVICE` while it is not mounted, then mount it with prjquota"
 
 // takeProject finds an id that no file has and no limit is set for. The search
 // begins at a number made of the name, so that it is short and ids of uppers

@@ -195,9 +195,13 @@ func makeFolders(u Upper, viewDir string) error {
 }
 
 // RemoveUpper deletes an upper and what was written into it, and gives back
-// its mount, loop device or project id. Nothing may use it any more; a mount
-// inside that something still uses is ErrBusy. It can be repeated after a
-// crash at any step, and on a folder that is gone.
+// its mount, loop device or project id. It can be repeated after a crash at
+// any step, and on a folder that is gone.
+//
+// Nothing may use the upper any more, and the caller must know that (Users):
+// an overlay holds the file system of its upper, but not its mount, so the
+// kernel does not say EBUSY for an overlay that is still mounted, only for a
+// process that has files of the upper itself open (ErrBusy).
 func RemoveUpper(dir string) error {
 	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 		return nil
