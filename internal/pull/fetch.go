@@ -29,10 +29,9 @@ var (
 const maxRun = 4
 
 // How often a broken connection is taken up again: in a row without one byte,
-// and in all for one request. What HTTP itself can repeat, the source has
-// repeated already.
+// and in all for one request.
 const (
-	maxTries  = 5
+	maxTries  = 4
 	maxBreaks = 20
 	firstWait = 100 * time.Millisecond
 )
@@ -202,8 +201,6 @@ func (n *network) stream(ctx context.Context, it *item, offset, length int64, si
 		if err == nil {
 			got, err = n.receive(it, rc, at, end, sink)
 			at += got
-		} else {
-			breaks = maxBreaks // the source has tried as often as makes sense
 		}
 		n.conns.Release(1)
 		var here sinkError
@@ -214,6 +211,8 @@ func (n *network) stream(ctx context.Context, it *item, offset, length int64, si
 			return ctx.Err()
 		case errors.As(err, &here):
 			return here.error
+		case final(err):
+			return err
 		}
 		if got > 0 {
 			tries = 0
@@ -228,6 +227,20 @@ func (n *network) stream(ctx context.Context, it *item, offset, length int64, si
 		case <-time.After(firstWait << (tries - 1)):
 		}
 	}
+}
+
+// final tells errors that come back however often one asks: the hub has said
+// no, or the source has tried as often as makes sense.
+func final(err error) bool {
+	for _, target := range []error{
+		source.ErrUnauthorized, source.ErrGated, source.ErrNotFound,
+		source.ErrRateLimited, source.ErrUnavailable, source.ErrInvalid,
+	} {
+		if errors.Is(err, target) {
+			return true
+		}
+	}
+	return false
 }
 
 // receive hands the bytes [at, end) of rc to sink and closes rc. It returns
