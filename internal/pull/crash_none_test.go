@@ -1,0 +1,3 @@
+package pull
+
+func helper() (int, bool) { return 0, false }
