@@ -10,9 +10,11 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/larder-project/larder/internal/atomicfile"
 	"github.com/larder-project/larder/internal/disk"
 	"github.com/larder-project/larder/internal/modelpack"
 )
@@ -210,4 +212,68 @@ func (s *Store) Users() (map[digest.Digest][]string, error) {
 		}
 	}
 	return out, nil
+}
+
+// ownerName is the file in a node's folder of leases that says which STATE
+// folder speaks for the node.
+const ownerName = "owner"
+
+// Claim makes the STATE folder with this id the one that speaks for a node, or
+// finds that it is. Two that spoke for one node would drop each other's
+// records of use.
+func (s *Store) Claim(node, id string) error {
+	if err := CheckNode(node); err != nil {
+		return fmt.Errorf("claim node: %w", err)
+	}
+	path := s.path("leases", node, ownerName)
+	have, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := disk.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return fmt.Errorf("claim node %s: %w", node, err)
+		}
+		if err := atomicfile.Write(path, []byte(id+"\n"), 0o644); err != nil {
+			return fmt.Errorf("claim node %s: %w", node, err)
+		}
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("claim node %s: %w", node, err)
+	}
+	if strings.TrimSpace(string(have)) != id {
+		return fmt.Errorf("claim node %s: %w by another state folder; give this one a name of its own (--node), or, if the other is gone for good, remove %s", node, ErrInUse, path)
+	}
+	return nil
+}
+
+// TouchUsage notes that a version is being used on a node, by the time of
+// change of a file. It is statistics: a failure loses nothing.
+func (s *Store) TouchUsage(node string, version digest.Digest) {
+	path := s.path("usage", node, version.Encoded())
+	now := time.Now()
+	if err := disk.Touch(path, now); !errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	if err := disk.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return
+	}
+	if f, err := disk.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o644); err == nil {
+		_ = f.Close()
+	}
+}
+
+// LastUsed is when a version was last mounted or unmounted on any node, or the
+// zero time.
+func (s *Store) LastUsed(version digest.Digest) (time.Time, error) {
+	nodes, err := os.ReadDir(s.path("usage"))
+	if err != nil {
+		return time.Time{}, fmt.Errorf("read usage: %w", err)
+	}
+	var last time.Time
+	for _, node := range nodes {
+		fi, err := os.Lstat(s.path("usage", node.Name(), version.Encoded()))
+		if err == nil && fi.ModTime().After(last) {
+			last = fi.ModTime()
+		}
+	}
+	return last, nil
 }
