@@ -95,11 +95,7 @@ func (h *host) fileSystem(ctx context.Context, kind string, bytes int64) (string
 	if err := os.Mkdir(target, 0o755); err != nil {
 		return "", err
 	}
-	var options string
-	if kind == "xfs" {
-		options = "prjquota"
-	}
-	if err := unix.Mount(device, target, kind, 0, options); err != nil {
+	if err := unix.Mount(device, target, kind, 0, ""); err != nil {
 		return "", fmt.Errorf("mount %s on %s: %w", device, target, err)
 	}
 	h.later(func() error { return unmountAll(target) })
