@@ -1,0 +1,36 @@
+// Package volume keeps volumes and their mounts, for the Docker driver, the
+// CSI driver and the command line alike.
+//
+// It keeps no state in memory but caches: each call reads the records of the
+// volume it is about, under that volume's lock, so that several processes can
+// work on one STATE folder and a killed one has nothing to tell.
+//
+//	STATE/volumes/NAME.json            a volume; durable
+//	STATE/volumes/NAME.removing        a volume whose writes are being deleted
+//	STATE/mounts/BOOT/NAME/ID.json     a mount of a volume; volatile
+//	STATE/views/BOOT/KEY, KEY.json     a view, and the versions it shows
+//	STATE/mnt/NAME/ID                  where a mount is
+//	STATE/uppers/run/NAME/ID           what one run wrote; dropped with it
+//	STATE/uppers/volume/NAME           what all runs of the volume wrote; kept
+//	STATE/locks/XX                     flock by hash of the volume's name
+//
+// What a reboot makes void lies in a folder named by the kernel's boot id and
+// is not fsynced: after a power cut no such record is ever read.
+//
+// # What counts as mounted
+//
+// An engine's calls do not balance: it mounts twice and unmounts once after it
+// was killed, mounts and unmounts the same ID for a copy while the container
+// runs, and forgets calls. A record counts the calls of its (volume, ID); the
+// kernel's mount tables decide where the count and they differ. Nothing a
+// container wrote is deleted while any mount namespace shows the mount.
+//
+// # What holds after a crash
+//
+// Mount: record, folders, mount(2). A record without a mount is finished by
+// the next Mount of that ID or dropped by Reap. Unmount: unmount, upper,
+// folder, record; a repeat or Reap finishes it. Remove: the record is renamed
+// to NAME.removing first and dropped last; until it is dropped, Sweep goes on
+// with what it covers. An upper of scope volume without either record is never
+// deleted: its record may have been lost.
+package volume

@@ -1,0 +1,499 @@
+package volume
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/hashicorp/go-multierror"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/larder-project/larder/internal/disk"
+	"github.com/larder-project/larder/internal/gc"
+	"github.com/larder-project/larder/internal/overlay"
+	"github.com/larder-project/larder/internal/reference"
+	"github.com/larder-project/larder/internal/store"
+)
+
+// How long a mount that no container shows may wait for one, in seconds since
+// boot. An engine gives a Mount two minutes, mounts all volumes of a container
+// one after another, and then starts it.
+const (
+	startGrace = 15 * 60 // after Mount, when no container ever showed it
+	endGrace   = 30      // when one did and is gone
+)
+
+func isNotEmpty(err error) bool {
+	return errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EBUSY)
+}
+
+// holdersOfUpper lists who shows a mount with this upper, in any namespace but
+// our own. The upper is either the folder itself or lies below its own mount.
+func (u kernelUse) holdersOfUpper(dir string) []Holder {
+	for _, at := range []string{filepath.Join(dir, "upper"), filepath.Join(dir, "fs", "upper")} {
+		if h := u.upper[at]; len(h) > 0 {
+			return h
+		}
+	}
+	return nil
+}
+
+// holders lists who shows a mount in another namespace. A copy of the host's
+// own tree, as every new namespace begins with and as a container has that sees
+// the host's root, keeps a mount alive, but nobody uses the volume by it: it is
+// left out.
+func (u kernelUse) holders(mr mountRecord) []Holder {
+	var all []Holder
+	if mr.Upper != "" {
+		all = u.holdersOfUpper(mr.Upper)
+	} else if d, err := overlay.DeviceOf(mr.Target); err == nil {
+		all = u.device[d.String()]
+	}
+	own := mr.Target
+	if !mr.Manual {
+		own = "/" + mr.Volume + "/" + filepath.Base(mr.Target)
+	}
+	return slices.DeleteFunc(slices.Clone(all), func(h Holder) bool { return strings.HasSuffix(h.Mountpoint, own) })
+}
+
+// Reap looks at every mount record of this boot and takes away what nobody
+// uses: mounts whose last Unmount was held up or never came, and records whose
+// mount has gone. It also notes which mounts a container shows.
+func (m *Manager) Reap(ctx context.Context) error {
+	names, err := m.mountedNames(m.boot)
+	if err != nil {
+		return err
+	}
+	if len(names) == 0 {
+		return nil
+	}
+	var failed *multierror.Error
+	for _, name := range names {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := m.reapVolume(ctx, name); err != nil {
+			failed = multierror.Append(failed, fmt.Errorf("reap volume %s: %w", name, err))
+		}
+	}
+	return failed.ErrorOrNil()
+}
+
+func (m *Manager) mountedNames(boot string) ([]string, error) {
+	entries, err := os.ReadDir(filepath.Join(m.state, "mounts", boot))
+	if err != nil {
+		return nil, fmt.Errorf("list mounts: %w", err)
+	}
+	var names []string
+	for _, e := range entries {
+		if CheckName(e.Name()) == nil {
+			names = append(names, e.Name())
+		}
+	}
+	return names, nil
+}
+
+func (m *Manager) reapVolume(ctx context.Context, name string) error {
+	unlock, err := m.lock(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	records, err := m.readMounts(name)
+	if err != nil {
+		return err
+	}
+	// Under the lock, so that no mount began after the tables were read.
+	use, err := scanKernel(ctx, m.state)
+	if err != nil {
+		return err
+	}
+	now := bootSeconds()
+	for _, mr := range records {
+		used := len(use.holders(mr)) > 0
+		mounted, err := overlay.IsMounted(mr.Target)
+		if err != nil {
+			return err
+		}
+		switch {
+		case used && !mr.Leaving:
+			if !mr.Seen {
+				mr.Seen = true
+				err = m.writeMount(mr)
+			}
+		case used || mr.Manual && mounted:
+		case mr.Leaving, !mounted, mr.Seen && now-mr.Called > endGrace, now-mr.Called > startGrace:
+			if !mounted && !mr.Leaving && now-mr.Called <= endGrace {
+				break // Mount is repeating it, or did so just now in vain
+			}
+			if err = m.leave(ctx, mr); err == nil {
+				m.log.Info("took away a mount that nobody uses", "volume", name, "id", mr.ID, "leaving", mr.Leaving, "seen", mr.Seen)
+			} else if errors.Is(err, errHeld) {
+				err = nil
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Sweep is done once at the start: it deletes what earlier boots and crashes
+// left behind, and nothing that a mount table shows or a record names.
+func (m *Manager) Sweep(ctx context.Context) error {
+	var failed *multierror.Error
+	use, err := scanKernel(ctx, m.state)
+	if err != nil {
+		return err
+	}
+	failed = multierror.Append(failed, m.sweepRuns(ctx, use), m.sweepTargets(ctx), m.sweepRemoving(ctx), m.sweepBoots(use))
+	return failed.ErrorOrNil()
+}
+
+// sweepRuns deletes uppers of runs that no record of this boot names.
+func (m *Manager) sweepRuns(ctx context.Context, use kernelUse) error {
+	runs := filepath.Join(m.state, "uppers", "run")
+	volumes, err := os.ReadDir(runs)
+	if err != nil {
+		return fmt.Errorf("sweep uppers: %w", err)
+	}
+	for _, v := range volumes {
+		if err := m.sweepRunsOf(ctx, v.Name(), use); err != nil {
+			return fmt.Errorf("sweep uppers of volume %s: %w", v.Name(), err)
+		}
+	}
+	return nil
+}
+
+func (m *Manager) sweepRunsOf(ctx context.Context, name string, use kernelUse) error {
+	unlock, err := m.lock(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	ids, err := os.ReadDir(filepath.Join(m.state, "uppers", "run", name))
+	if err != nil {
+		return ignoreAbsent(err)
+	}
+	for _, e := range ids {
+		dir := m.runUpper(name, e.Name())
+		if _, err := os.Lstat(m.mountRecordPath(name, e.Name())); err == nil || len(use.holdersOfUpper(dir)) > 0 {
+			continue
+		}
+		// A mount of ours that lost its record: the record is void (another
+		// boot id) or was deleted by hand.
+		target := filepath.Join(m.Path(name), e.Name())
+		if mounted, err := overlay.IsMounted(target); err != nil {
+			return err
+		} else if mounted {
+			if err := overlay.Unmount(target); err != nil {
+				m.log.Warn("a mount without a record is held", "volume", name, "target", target, "reason", err)
+				continue
+			}
+		}
+		if err := errors.Join(overlay.RemoveUpper(dir), removeEmpty(target)); err != nil {
+			return err
+		}
+	}
+	return errors.Join(removeEmpty(filepath.Join(m.state, "uppers", "run", name)), removeEmpty(m.Path(name)))
+}
+
+// sweepTargets removes mountpoints on which nothing is mounted.
+func (m *Manager) sweepTargets(ctx context.Context) error {
+	volumes, err := os.ReadDir(m.mnt)
+	if err != nil {
+		return fmt.Errorf("sweep mountpoints: %w", err)
+	}
+	for _, v := range volumes {
+		unlock, err := m.lock(ctx, v.Name())
+		if err != nil {
+			return err
+		}
+		targets, err := os.ReadDir(m.Path(v.Name()))
+		for _, t := range targets {
+			// A mountpoint in use is busy, one with files in it is not empty:
+			// both stay.
+			err = errors.Join(err, removeEmpty(filepath.Join(m.Path(v.Name()), t.Name())))
+		}
+		err = errors.Join(ignoreAbsent(err), removeEmpty(m.Path(v.Name())))
+		unlock()
+		if err != nil {
+			return fmt.Errorf("sweep mountpoints: %w", err)
+		}
+	}
+	return nil
+}
+
+// sweepRemoving finishes removals of volumes.
+func (m *Manager) sweepRemoving(ctx context.Context) error {
+	names, err := m.names(removingSuffix)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		unlock, err := m.lock(ctx, name)
+		if err != nil {
+			return err
+		}
+		err = m.finishRemove(ctx, name)
+		unlock()
+		if err != nil {
+			m.log.Warn("a removed volume's files are still held", "volume", name, "reason", err)
+		}
+	}
+	return nil
+}
+
+// sweepBoots deletes records and views of earlier boots.
+func (m *Manager) sweepBoots(use kernelUse) error {
+	for _, kind := range []string{"mounts", "views"} {
+		boots, err := os.ReadDir(filepath.Join(m.state, kind))
+		if err != nil {
+			return fmt.Errorf("sweep %s: %w", kind, err)
+		}
+		for _, b := range boots {
+			dir := filepath.Join(m.state, kind, b.Name())
+			if b.Name() == m.boot || kind == "views" && use.anyViewBelow(dir) {
+				continue
+			}
+			if err := disk.RemoveAll(dir); err != nil {
+				return fmt.Errorf("sweep %s: %w", kind, err)
+			}
+		}
+	}
+	return nil
+}
+
+func (u kernelUse) anyViewBelow(dir string) bool {
+	for v := range u.views {
+		if strings.HasPrefix(v, dir+"/") {
+			return true
+		}
+	}
+	return false
+}
+
+// Remove deletes a volume and what was written into it. A volume that a
+// container shows is refused with ErrInUse, whatever an engine believes.
+func (m *Manager) Remove(ctx context.Context, name string) error {
+	if err := CheckName(name); err != nil {
+		return err
+	}
+	unlock, err := m.lock(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if _, err := os.Lstat(m.recordPath(name)); err != nil {
+		return m.notFound(name)
+	}
+	records, err := m.readMounts(name)
+	if err != nil {
+		return fmt.Errorf("remove volume %s: %w", name, err)
+	}
+	use, err := scanKernel(ctx, m.state)
+	if err != nil {
+		return fmt.Errorf("remove volume %s: %w", name, err)
+	}
+	if holders := use.holdersOfUpper(m.volumeUpper(name)); len(holders) > 0 {
+		return fmt.Errorf("remove volume %s: %w: process %d has it at %s", name, ErrInUse, holders[0].PID, holders[0].Mountpoint)
+	}
+	for _, mr := range records {
+		if mr.Manual {
+			return fmt.Errorf("remove volume %s: %w: it is mounted at %s; larder umount ends that", name, ErrInUse, mr.Target)
+		}
+		if len(use.holders(mr)) > 0 {
+			return fmt.Errorf("remove volume %s: %w: a running container shows it", name, ErrInUse)
+		}
+	}
+	// No container shows any of its mounts: those that are left come from an
+	// engine that was killed or forgot to unmount.
+	for _, mr := range records {
+		mr.Refs, mr.Leaving = 0, true
+		if err := m.writeMount(mr); err != nil {
+			return fmt.Errorf("remove volume %s: %w", name, err)
+		}
+		if err := m.leave(ctx, mr); errors.Is(err, errHeld) {
+			return fmt.Errorf("remove volume %s: %w: %w", name, ErrInUse, err)
+		} else if err != nil {
+			return fmt.Errorf("remove volume %s: %w", name, err)
+		}
+	}
+	removing := filepath.Join(m.state, "volumes", name+removingSuffix)
+	if err := disk.Rename(m.recordPath(name), removing); err != nil {
+		return fmt.Errorf("remove volume %s: %w", name, err)
+	}
+	if err := disk.SyncDir(filepath.Dir(removing)); err != nil {
+		return fmt.Errorf("remove volume %s: %w", name, err)
+	}
+	if err := m.finishRemove(ctx, name); err != nil {
+		m.log.Warn("a removed volume's files are still held", "volume", name, "reason", err)
+	}
+	return nil
+}
+
+// finishRemove deletes what a volume whose record says "removing" has written,
+// then that record.
+func (m *Manager) finishRemove(ctx context.Context, name string) error {
+	removing := filepath.Join(m.state, "volumes", name+removingSuffix)
+	if _, err := os.Lstat(m.recordPath(name)); err == nil {
+		// Created anew meanwhile; the upper is the new volume's.
+		return ignoreAbsent(disk.Remove(removing))
+	}
+	use, err := scanKernel(ctx, m.state)
+	if err != nil {
+		return err
+	}
+	if len(use.holdersOfUpper(m.volumeUpper(name))) > 0 {
+		return errHeld
+	}
+	if err := overlay.RemoveUpper(m.volumeUpper(name)); err != nil {
+		return err
+	}
+	return ignoreAbsent(disk.Remove(removing))
+}
+
+// Uses implements gc.Roots: every version that a volume, a mount record or a
+// mount in any namespace needs. What cannot be read is an error.
+func (m *Manager) Uses(ctx context.Context) ([]gc.Use, error) {
+	names, err := m.names(recordSuffix)
+	if err != nil {
+		return nil, err
+	}
+	var out []gc.Use
+	for _, name := range names {
+		uses, err := m.usesOf(name)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, uses...)
+	}
+	mounted, err := m.mountedNames(m.boot)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range mounted {
+		records, err := m.readMounts(name)
+		if err != nil {
+			return nil, err
+		}
+		for _, mr := range records {
+			for _, d := range mr.Versions {
+				out = append(out, gc.Use{Version: d, By: fmt.Sprintf("a mount of volume %s at %s", name, mr.Target)})
+			}
+		}
+	}
+	shown, err := m.shownByKernel(ctx)
+	return append(out, shown...), err
+}
+
+func (m *Manager) usesOf(name string) ([]gc.Use, error) {
+	r, err := m.readRecord(name)
+	if errors.Is(err, ErrNotFound) {
+		return nil, nil // removed just now
+	}
+	if err != nil {
+		return nil, err
+	}
+	o, err := ParseOptions(name, r.Options)
+	if err != nil {
+		return nil, fmt.Errorf("volume %s: %w", name, err)
+	}
+	by := "volume " + name
+	var out []gc.Use
+	for _, d := range r.Pinned {
+		out = append(out, gc.Use{Version: d, By: by})
+	}
+	if o.Catalog || len(r.Pinned) > 0 {
+		return out, nil // a catalog shows what is there, it keeps nothing
+	}
+	for i, ref := range o.Models {
+		v, err := m.store.Resolve(ref)
+		if errors.Is(err, store.ErrNotFound) {
+			continue // what is not there cannot be kept
+		}
+		if err != nil {
+			return nil, err
+		}
+		use := gc.Use{Version: v.Digest, By: by, Reference: ref.String()}
+		if ref.Kind == reference.Short && !ref.Fixed() {
+			use.Reference = nameOf(v, o, i)
+		}
+		out = append(out, use)
+	}
+	return out, nil
+}
+
+// shownByKernel finds the versions of every view that is mounted anywhere,
+// records or not.
+func (m *Manager) shownByKernel(ctx context.Context) ([]gc.Use, error) {
+	use, err := scanKernel(ctx, m.state)
+	if err != nil {
+		return nil, err
+	}
+	var out []gc.Use
+	for dir := range use.views {
+		versions, err := readViewRecord(dir + recordSuffix)
+		if err != nil {
+			return nil, err
+		}
+		by := "a mount without a record"
+		if holders := use.view[dir]; len(holders) > 0 {
+			by = fmt.Sprintf("process %d, which shows it at %s", holders[0].PID, holders[0].Mountpoint)
+		}
+		for _, d := range versions {
+			out = append(out, gc.Use{Version: d, By: by})
+		}
+	}
+	return out, nil
+}
+
+func readViewRecord(path string) ([]digest.Digest, error) {
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: a view is mounted and its record %s is gone, so its versions are not known", ErrDamaged, path)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read view record: %w", err)
+	}
+	var r viewRecord
+	if err := json.Unmarshal(data, &r); err != nil {
+		return nil, fmt.Errorf("%w: %s: %w", ErrDamaged, path, err)
+	}
+	return r.Versions, nil
+}
+
+// Mounts lists the live mounts of all volumes with who shows them.
+func (m *Manager) Mounts(ctx context.Context) ([]Mounted, error) {
+	names, err := m.mountedNames(m.boot)
+	if err != nil {
+		return nil, err
+	}
+	use, err := scanKernel(ctx, m.state)
+	if err != nil {
+		return nil, err
+	}
+	var out []Mounted
+	for _, name := range names {
+		records, err := m.readMounts(name)
+		if err != nil {
+			return nil, err
+		}
+		for _, mr := range records {
+			one := mounted(mr)
+			one.Holders = use.holders(mr)
+			out = append(out, one)
+		}
+	}
+	return out, nil
+}
+
+var _ gc.Roots = (*Manager)(nil)
