@@ -111,6 +111,7 @@ func (b *bars) close(m *Meter) {
 		b.total.Abort(false)
 	}
 	b.p.Wait()
+	b.p = nil
 }
 
 // tail keeps the end of a long name, which is what tells files apart.

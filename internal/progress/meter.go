@@ -47,7 +47,7 @@ func IsTerminal(w io.Writer) bool {
 // Plan is what lies ahead.
 type Plan struct {
 	What      string // of what, such as hf://org/name@main
-	Files     int    // in all
+	Files     int    // in all; 0 where they are not counted
 	Bytes     int64  // in all
 	HaveFiles int    // there already, nothing to do
 	HaveBytes int64
@@ -62,7 +62,8 @@ type Meter struct {
 
 	mu      sync.Mutex
 	plan    Plan
-	started bool
+	ticking bool
+	started bool // and not finished
 	closed  bool
 	begin   time.Time
 	bytes   int64 // done now, without HaveBytes; resumed bytes count here
@@ -128,11 +129,23 @@ func (m *Meter) Start(p Plan) {
 	m.bytes, m.resumed, m.files = 0, 0, 0
 	m.open, m.samples = map[string]*file{}, []sample{{m.begin, 0}}
 	m.style.start(m)
-	if !m.started && m.every > 0 {
+	m.started = true
+	if !m.ticking && m.every > 0 {
+		m.ticking = true
 		m.stopped.Add(1)
 		go m.ticks()
 	}
-	m.started = true
+}
+
+// Finish ends what Start began, so that something else can be printed. Another
+// Start may follow.
+func (m *Meter) Finish() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.started {
+		m.style.close(m)
+		m.started = false
+	}
 }
 
 func (m *Meter) ticks() {
@@ -145,7 +158,7 @@ func (m *Meter) ticks() {
 			return
 		case <-t.C:
 			m.mu.Lock()
-			if !m.closed {
+			if m.started {
 				m.style.tick(m)
 			}
 			m.mu.Unlock()
@@ -158,7 +171,7 @@ func (m *Meter) ticks() {
 func (m *Meter) Open(name string, size, have int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if !m.started || m.closed {
+	if !m.started {
 		return
 	}
 	f := m.file(name, size)
@@ -185,7 +198,7 @@ func (m *Meter) file(name string, size int64) *file {
 func (m *Meter) Add(name string, n int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if !m.started || m.closed {
+	if !m.started {
 		return
 	}
 	f := m.file(name, -1)
@@ -199,7 +212,7 @@ func (m *Meter) Add(name string, n int64) {
 func (m *Meter) Done(name string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if !m.started || m.closed {
+	if !m.started {
 		return
 	}
 	f := m.file(name, -1)
@@ -236,7 +249,7 @@ func (m *Meter) Close() {
 	if m.started {
 		m.style.close(m)
 	}
-	m.closed = true
+	m.started, m.closed = false, true
 	m.mu.Unlock()
 	close(m.stop)
 	m.stopped.Wait()
@@ -296,5 +309,8 @@ func (m *Meter) sum() string {
 			s += ", " + Duration(left) + " left"
 		}
 	}
-	return s + fmt.Sprintf(", %d of %d files", m.plan.HaveFiles+m.files, m.plan.Files)
+	if m.plan.Files > 0 {
+		s += fmt.Sprintf(", %d of %d files", m.plan.HaveFiles+m.files, m.plan.Files)
+	}
+	return s
 }

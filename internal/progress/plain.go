@@ -31,7 +31,11 @@ func (l *lines) start(m *Meter) {
 	if p.HaveFiles > 0 {
 		have = fmt.Sprintf("; %d of them, %s, are in the store already", p.HaveFiles, Bytes(p.HaveBytes))
 	}
-	fmt.Fprintf(l.w, "%s: %d files, %s%s\n", p.What, p.Files, Bytes(p.Bytes), have)
+	files := ""
+	if p.Files > 0 {
+		files = fmt.Sprintf("%d files, ", p.Files)
+	}
+	fmt.Fprintf(l.w, "%s: %s%s%s\n", p.What, files, Bytes(p.Bytes), have)
 }
 
 func (l *lines) tick(m *Meter) { fmt.Fprintf(l.w, "%s: %s\n", m.plan.What, m.sum()) }

@@ -1,0 +1,277 @@
+// Package doctor examines a host: what it can do for Larder, what stands in
+// the way, and what a person can do about it. It changes nothing that stays:
+// the store and the state folder are made where they are missing, because what
+// a file system can do is found by doing it there.
+package doctor
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/larder-project/larder/internal/config"
+	"github.com/larder-project/larder/internal/overlay"
+	"github.com/larder-project/larder/internal/progress"
+	"github.com/larder-project/larder/internal/store"
+	"github.com/larder-project/larder/internal/usage"
+	"github.com/larder-project/larder/internal/view"
+	"github.com/larder-project/larder/internal/volume"
+)
+
+// Verdict is how good a finding is.
+type Verdict string
+
+// The verdicts.
+const (
+	Good   Verdict = "ok"   // works
+	Better Verdict = "warn" // works, and could be better; or does not work and is not needed
+	Bad    Verdict = "bad"  // must be put right
+)
+
+// Finding is one thing that was examined.
+type Finding struct {
+	Name    string  `json:"name"` // stable: user, kernel, store, state, views, reflink, quota, tmpfs, loop, space, plugin, engine
+	Verdict Verdict `json:"verdict"`
+	Found   string  `json:"found"`
+	Advice  string  `json:"advice,omitempty"`
+}
+
+// patience bounds each question that somebody else has to answer.
+const patience = 3 * time.Second
+
+// Examine looks at the host as the settings have it. It goes on after what is
+// bad, as far as that makes sense.
+func Examine(ctx context.Context, c config.Config) []Finding {
+	d := &doctor{ctx: ctx, c: c}
+	d.user()
+	if st := d.store(); st != nil {
+		d.state(st)
+		d.space(st)
+	}
+	d.plugin()
+	d.engine()
+	return d.out
+}
+
+type doctor struct {
+	ctx context.Context
+	c   config.Config
+	out []Finding
+}
+
+func (d *doctor) find(name string, v Verdict, advice, format string, args ...any) {
+	d.out = append(d.out, Finding{Name: name, Verdict: v, Found: fmt.Sprintf(format, args...), Advice: advice})
+}
+
+func (d *doctor) user() {
+	if os.Geteuid() == 0 {
+		d.find("user", Good, "", "root")
+		return
+	}
+	d.find("user", Bad, "run it as root: mounts and the store's permissions need that", "user id %d", os.Geteuid())
+}
+
+// from tells where a folder's setting came from, where that is of interest.
+func (d *doctor) from(key string) string {
+	if f := d.c.From(key); f != "default" {
+		return " (from " + f + ")"
+	}
+	if f := d.c.From("root"); f != "default" {
+		return " (root from " + f + ")"
+	}
+	return ""
+}
+
+func (d *doctor) store() *store.Store {
+	st, err := store.Open(d.c.Store)
+	if err != nil {
+		advice := "name another folder with --store, or put this one right"
+		if errors.Is(err, fs.ErrPermission) {
+			advice = "run it as root, or name a folder of your own with --root"
+		}
+		d.find("store", Bad, advice, "%v", err)
+		return nil
+	}
+	versions, err := st.Versions()
+	if err != nil {
+		d.find("store", Bad, "larder verify tells more", "%v", err)
+		return st
+	}
+	for _, v := range versions {
+		if _, err := st.Model(v.Digest); err != nil {
+			d.find("store", Bad, "larder verify names what is damaged and how to repair it", "%s: %v", d.c.Store, err)
+			return st
+		}
+	}
+	pending, err := st.Pending()
+	switch {
+	case err != nil:
+		d.find("store", Bad, "larder verify tells more", "%v", err)
+	case pending:
+		d.find("store", Better, "the next larder rm finishes it", "%s%s: %d versions; a removal was cut short", d.c.Store, d.from("store"), len(versions))
+	default:
+		d.find("store", Good, "", "%s%s: %d versions", d.c.Store, d.from("store"), len(versions))
+	}
+	return st
+}
+
+func (d *doctor) state(st *store.Store) {
+	_, err := volume.Open(d.ctx, volume.Config{Store: st, State: d.c.State, Node: d.c.Node})
+	if err != nil {
+		advice := "name another folder with --state, or put this one right"
+		if errors.Is(err, fs.ErrPermission) {
+			advice = "run it as root, or name a folder of your own with --root"
+		}
+		d.find("state", Bad, advice, "%v", err)
+		return
+	}
+	if usage.SameFileSystem(d.c.Store, d.c.State) {
+		d.find("state", Good, "", "%s%s: on the store's file system", d.c.State, d.from("state"))
+	} else {
+		d.find("state", Better, "put both on one XFS or btrfs, so that the first write into a large file costs nothing",
+			"%s%s: not on the store's file system", d.c.State, d.from("state"))
+	}
+	caps, err := overlay.Probe(d.ctx, st.BlobsDir(), d.c.State)
+	if err != nil {
+		d.find("views", Bad, "without test mounts nothing can be said about this host; run it as root", "%v", err)
+		return
+	}
+	d.capabilities(caps)
+}
+
+func (d *doctor) capabilities(caps overlay.Capabilities) {
+	d.find("kernel", Good, "", "Linux %s", caps.Kernel)
+	methods := []struct {
+		name view.Method
+		cap  overlay.Capability
+		what string
+	}{
+		{view.DataOnly, caps.DataOnly, "metadata over a data-only layer"},
+		{view.Lower, caps.Lower, "metadata over an ordinary layer"},
+		{view.HardLink, caps.HardLink, "hard links: owner and mode are the same in every view"},
+	}
+	var why []string
+	for _, m := range methods {
+		if m.name == caps.Method {
+			v, advice := Good, ""
+			if caps.Method == view.HardLink {
+				v, advice = Better, methods[0].cap.Advice
+			}
+			found := string(m.name) + ", " + m.what
+			if len(why) > 0 {
+				found += " (" + strings.Join(why, "; ") + ")"
+			}
+			d.find("views", v, advice, "%s", found)
+			break
+		}
+		why = append(why, fmt.Sprintf("not %s: %s", m.name, m.cap.Reason))
+	}
+	if caps.Method == "" {
+		d.find("views", Bad, methods[0].cap.Advice, "none works: %s", strings.Join(why, "; "))
+	}
+	for _, c := range []struct {
+		name string
+		cap  overlay.Capability
+	}{{"reflink", caps.Reflink}, {"quota", caps.Quota}, {"tmpfs", caps.Tmpfs}, {"loop", caps.Loop}} {
+		v, advice := Good, ""
+		if !c.cap.OK {
+			v, advice = Better, c.cap.Advice
+		}
+		found := c.cap.Reason
+		if found == "" {
+			found = "works"
+		}
+		d.find(c.name, v, advice, "%s", found)
+	}
+}
+
+// scarce is the share of free space below which a store is short of it.
+const scarce = 10 // percent
+
+func (d *doctor) space(st *store.Store) {
+	u, err := st.Usage()
+	if err != nil {
+		d.find("space", Bad, "larder verify tells more", "%v", err)
+		return
+	}
+	v, advice := Good, ""
+	if u.Capacity > 0 && u.Free*100/u.Capacity < scarce {
+		v, advice = Better, "larder df shows what takes it; larder rm frees some"
+	}
+	d.find("space", v, advice, "%s of %s free", progress.Bytes(u.Free), progress.Bytes(u.Capacity))
+}
+
+func (d *doctor) plugin() {
+	const start = "start it: systemctl enable --now larder-plugin.socket"
+	who, err := askPlugin(d.ctx, d.c.Socket)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		d.find("plugin", Better, start, "nothing at %s: containers get no volumes here", d.c.Socket)
+	case err != nil:
+		d.find("plugin", Bad, start+"; journalctl -u larder-plugin says why it does not answer", "%s does not answer: %v", d.c.Socket, err)
+	default:
+		d.find("plugin", Good, "", "%s answers as %s", d.c.Socket, who)
+	}
+}
+
+// askPlugin does what an engine does first.
+func askPlugin(ctx context.Context, socket string) (string, error) {
+	if _, err := os.Stat(socket); err != nil {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	client := http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", socket)
+		},
+	}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://plugin/Plugin.Activate", bytes.NewReader(nil))
+	if err != nil {
+		return "", err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	var answer struct{ Implements []string }
+	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<16)).Decode(&answer); err != nil {
+		return "", fmt.Errorf("it is no plugin: %w", err)
+	}
+	if len(answer.Implements) == 0 {
+		return "", errors.New("it is no plugin: it implements nothing")
+	}
+	return strings.Join(answer.Implements, ", "), nil
+}
+
+func (d *doctor) engine() {
+	ctx, cancel := context.WithTimeout(d.ctx, patience)
+	defer cancel()
+	e, err := usage.AskEngine(ctx, d.c.DockerHost)
+	if err != nil {
+		d.find("engine", Better, "without an engine, larder mount shows models; DOCKER_HOST names another one", "no Docker engine: %v", err)
+		return
+	}
+	d.find("engine", Good, "", "Docker %s (API %s) at %s", e.Version, e.APIVersion, d.c.DockerHost)
+}
+
+// Usable tells whether nothing is bad.
+func Usable(findings []Finding) bool {
+	for _, f := range findings {
+		if f.Verdict == Bad {
+			return false
+		}
+	}
+	return true
+}
