@@ -27,7 +27,7 @@ func TestViewHasTheModelsBytesAndOnlyItsNames(t *testing.T) {
 			"copy.bin":          []byte(`{"a":1}`),
 		}
 		m := h.model(files)
-		for _, method := range view.Methods() {
+		for _, method := range methods(t) {
 			for _, ro := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s/ro=%t", method, ro), func(t *testing.T) {
 					h := h.sub(t)
@@ -74,7 +74,7 @@ func TestModelWithAnEntryNamedAsTheBlobsFolder(t *testing.T) {
 		"folder": {"sha256/a": []byte("in a"), "sha256/b/c": []byte("in c"), "z": []byte("in z")},
 		"file":   {"sha256": []byte("a file"), "z": []byte("in z")},
 	} {
-		for _, method := range view.Methods() {
+		for _, method := range methods(t) {
 			t.Run(name+"/"+string(method), func(t *testing.T) {
 				h := h.sub(t)
 				dir := h.view(view.Spec{Models: []view.Model{h.model(files)}}, method)
@@ -100,7 +100,7 @@ func TestModeAndOwnerBelongToTheView(t *testing.T) {
 		m := h.model(map[string][]byte{"a.bin": []byte("data"), "d/b.bin": []byte("more")})
 		blob := h.blob(m.Pack.Files[0].Digest)
 		before := attributes(t, blob)
-		for _, method := range []view.Method{view.DataOnly, view.Lower} {
+		for _, method := range metacopy(t) {
 			for _, c := range []struct {
 				name            string
 				spec            view.Spec
@@ -144,7 +144,7 @@ func TestWritesStayInTheirView(t *testing.T) {
 	onFileSystems(t, func(t *testing.T, h *host) {
 		data := random(t, 1<<20)
 		m := h.model(map[string][]byte{"a.bin": data, "b.bin": []byte("bee"), "d/c.bin": []byte("sea")})
-		for _, method := range view.Methods() {
+		for _, method := range methods(t) {
 			t.Run(string(method), func(t *testing.T) {
 				h := h.sub(t)
 				dir := h.view(view.Spec{Models: []view.Model{m}}, method)
@@ -195,7 +195,7 @@ func TestUpperOutlivesItsView(t *testing.T) {
 	onFileSystems(t, func(t *testing.T, h *host) {
 		data := random(t, 300_000)
 		m := h.model(map[string][]byte{"a.bin": data, "b.bin": []byte("bee"), "d/c.bin": []byte("sea"), "d/e.bin": []byte("eee"), "gone": []byte("g")})
-		for _, method := range view.Methods() {
+		for _, method := range methods(t) {
 			t.Run(string(method), func(t *testing.T) {
 				h := h.sub(t)
 				spec := view.Spec{Models: []view.Model{m}}
@@ -257,7 +257,7 @@ func TestChangeOfModeCopiesNoData(t *testing.T) {
 		t.Run(kind, func(t *testing.T) {
 			h := newHost(t, testenv.LoopFS(t, kind, 400<<20).Dir)
 			m := h.model(map[string][]byte{"big": random(t, 32<<20)})
-			for _, method := range []view.Method{view.DataOnly, view.Lower} {
+			for _, method := range metacopy(t) {
 				mt, _ := h.mount(h.view(view.Spec{Models: []view.Model{m}}, method), method, Limit{})
 				before := used(t, h.root)
 				big := filepath.Join(mt.Target, "big")
@@ -283,7 +283,7 @@ func TestFirstWriteIntoALargeFile(t *testing.T) {
 		t.Run(c.kind, func(t *testing.T) {
 			h := newHost(t, testenv.LoopFS(t, c.kind, 1<<30).Dir)
 			m := h.model(map[string][]byte{"big": random(t, size)})
-			mt, _ := h.mount(h.view(view.Spec{Models: []view.Model{m}}, view.DataOnly), view.DataOnly, Limit{})
+			mt, _ := h.mount(h.view(view.Spec{Models: []view.Model{m}}, methods(t)[0]), methods(t)[0], Limit{})
 			before := used(t, h.root)
 			start := time.Now()
 			f, err := os.OpenFile(filepath.Join(mt.Target, "big"), os.O_WRONLY, 0)
@@ -315,7 +315,7 @@ func TestPageCacheIsShared(t *testing.T) {
 	data := random(t, 64<<20)
 	m := h.model(map[string][]byte{"big": data})
 	blob := h.blob(m.Pack.Files[0].Digest)
-	for _, method := range view.Methods() {
+	for _, method := range methods(t) {
 		t.Run(string(method), func(t *testing.T) {
 			h := h.sub(t)
 			dir := h.view(view.Spec{Models: []view.Model{m}}, method)
@@ -387,7 +387,7 @@ func TestPathsWithSpecialCharacters(t *testing.T) {
 			}
 			h := newHost(t, root)
 			m := h.model(map[string][]byte{"f": []byte("data of " + name)})
-			for _, method := range view.Methods() {
+			for _, method := range methods(t) {
 				dir := h.view(view.Spec{Models: []view.Model{m}}, method)
 				mt, u := h.mount(dir, method, Limit{})
 				wantBytes(t, filepath.Join(mt.Target, "f"), []byte("data of "+name))
@@ -417,7 +417,7 @@ func TestOptionsLongerThanThePageAreRefused(t *testing.T) {
 func TestUnmountTellsBusyFromNotMounted(t *testing.T) {
 	h := newHost(t, testenv.LoopFS(t, "ext4", 64<<20).Dir)
 	m := h.model(map[string][]byte{"f": []byte("data")})
-	mt, _ := h.mount(h.view(view.Spec{Models: []view.Model{m}}, view.DataOnly), view.DataOnly, Limit{})
+	mt, _ := h.mount(h.view(view.Spec{Models: []view.Model{m}}, methods(t)[0]), methods(t)[0], Limit{})
 	if ok, err := IsMounted(mt.Target); !ok || err != nil {
 		t.Fatalf("IsMounted = %t, %v", ok, err)
 	}
@@ -457,7 +457,7 @@ func TestUnmountTellsBusyFromNotMounted(t *testing.T) {
 func TestOpenFilesSeesMappings(t *testing.T) {
 	h := newHost(t, testenv.LoopFS(t, "ext4", 64<<20).Dir)
 	m := h.model(map[string][]byte{"f": random(t, 5000)})
-	mt, _ := h.mount(h.view(view.Spec{Models: []view.Model{m}}, view.DataOnly), view.DataOnly, Limit{})
+	mt, _ := h.mount(h.view(view.Spec{Models: []view.Model{m}}, methods(t)[0]), methods(t)[0], Limit{})
 	f, err := os.Open(filepath.Join(mt.Target, "f"))
 	if err != nil {
 		t.Fatal(err)

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -252,4 +253,13 @@ func inner(dir string) (inside string, mounted bool, err error) {
 	}
 	mounted, err = IsMounted(inside)
 	return inside, mounted, err
+}
+
+// allocated is how many bytes a file takes on its file system.
+func allocated(fi fs.FileInfo) int64 {
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok {
+		return fi.Size()
+	}
+	return st.Blocks * 512
 }

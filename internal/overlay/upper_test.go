@@ -40,7 +40,7 @@ func onLimits(t *testing.T, test func(t *testing.T, h *host, viewDir string, lim
 			testenv.NeedPrograms(t, "mkfs.ext4")
 			h := newHost(t, testenv.LoopFS(t, c.fstype, 400<<20, c.options...).Dir)
 			m := h.model(map[string][]byte{"big": random(t, 40<<20), "small": []byte("small")})
-			dir := h.view(view.Spec{Models: []view.Model{m}}, view.DataOnly)
+			dir := h.view(view.Spec{Models: []view.Model{m}}, methods(t)[0])
 			limit := Limit{Bytes: size, Backend: c.ask}
 			u, err := NewUpper(t.Context(), filepath.Join(h.state, "probe"), dir, h.state, limit)
 			if err != nil {
@@ -60,7 +60,7 @@ func onLimits(t *testing.T, test func(t *testing.T, h *host, viewDir string, lim
 func TestLimitIsKept(t *testing.T) {
 	onLimits(t, func(t *testing.T, h *host, dir string, limit Limit) {
 		for _, uid := range []uint32{0, 1000} {
-			mt, _ := h.mount(dir, view.DataOnly, limit)
+			mt, _ := h.mount(dir, methods(t)[0], limit)
 			var st unix.Statfs_t
 			if err := unix.Statfs(mt.Target, &st); err != nil {
 				t.Fatal(err)
@@ -110,7 +110,7 @@ func appendTo(path string) error {
 // a reboot.
 func TestLimitedUpperIsTakenUpAgain(t *testing.T) {
 	onLimits(t, func(t *testing.T, h *host, dir string, limit Limit) {
-		mt, u := h.mount(dir, view.DataOnly, limit)
+		mt, u := h.mount(dir, methods(t)[0], limit)
 		if err := os.WriteFile(filepath.Join(mt.Target, "kept"), []byte("kept"), 0o644); err != nil {
 			t.Fatal(err)
 		}
@@ -156,7 +156,7 @@ func TestLimitedUpperIsTakenUpAgain(t *testing.T) {
 func TestRemovedUpperGivesBackItsSpace(t *testing.T) {
 	onLimits(t, func(t *testing.T, h *host, dir string, limit Limit) {
 		before := used(t, h.root)
-		mt, u := h.mount(dir, view.DataOnly, limit)
+		mt, u := h.mount(dir, methods(t)[0], limit)
 		id, _ := disk.Project(u.Dir)
 		if err := os.WriteFile(filepath.Join(mt.Target, "f"), random(t, 8<<20), 0o644); err != nil {
 			t.Fatal(err)
@@ -197,7 +197,7 @@ func TestRemovedUpperGivesBackItsSpace(t *testing.T) {
 
 func TestProjectIdsAreUnique(t *testing.T) {
 	h := newHost(t, testenv.LoopFS(t, "ext4", 64<<20, "prjquota").Dir)
-	dir := h.view(view.Spec{Models: []view.Model{h.model(map[string][]byte{"f": []byte("f")})}}, view.DataOnly)
+	dir := h.view(view.Spec{Models: []view.Model{h.model(map[string][]byte{"f": []byte("f")})}}, methods(t)[0])
 	const n = 20
 	uppers := make([]Upper, n)
 	var wg sync.WaitGroup
@@ -246,7 +246,7 @@ func TestProjectIdsAreUnique(t *testing.T) {
 
 func TestLimitsThatCannotBeKept(t *testing.T) {
 	h := newHost(t, testenv.LoopFS(t, "ext4", 64<<20).Dir)
-	dir := h.view(view.Spec{Models: []view.Model{h.model(map[string][]byte{"f": []byte("f")})}}, view.DataOnly)
+	dir := h.view(view.Spec{Models: []view.Model{h.model(map[string][]byte{"f": []byte("f")})}}, methods(t)[0])
 	for _, limit := range []Limit{
 		{Bytes: -1}, {Bytes: 1}, {Bytes: MinBytes - 1, Backend: Tmpfs}, {Bytes: MinLoopBytes - 1, Backend: Loop},
 		{Bytes: MinBytes}, // on this file system it would be a loop image
@@ -267,7 +267,7 @@ func TestLimitsThatCannotBeKept(t *testing.T) {
 // outside, and must come to an end.
 func TestRemovalOfAHostileUpper(t *testing.T) {
 	h := newHost(t, testenv.LoopFS(t, "ext4", 200<<20).Dir)
-	dir := h.view(view.Spec{Models: []view.Model{h.model(map[string][]byte{"f": []byte("f")})}}, view.DataOnly)
+	dir := h.view(view.Spec{Models: []view.Model{h.model(map[string][]byte{"f": []byte("f")})}}, methods(t)[0])
 	outside := filepath.Join(h.root, "outside")
 	if err := os.MkdirAll(filepath.Join(outside, "sub"), 0o755); err != nil {
 		t.Fatal(err)
@@ -275,7 +275,7 @@ func TestRemovalOfAHostileUpper(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(outside, "file"), []byte("precious"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	mt, u := h.mount(dir, view.DataOnly, Limit{})
+	mt, u := h.mount(dir, methods(t)[0], Limit{})
 	script := `
 set -e
 cd "$1"
@@ -309,7 +309,7 @@ mkdir .deep-1 .deep-2; touch .deep-3
 // A mount inside an upper that Larder did not make is not emptied.
 func TestRemovalStopsAtAnotherMount(t *testing.T) {
 	h := newHost(t, testenv.LoopFS(t, "ext4", 64<<20).Dir)
-	dir := h.view(view.Spec{Models: []view.Model{h.model(map[string][]byte{"f": []byte("f")})}}, view.DataOnly)
+	dir := h.view(view.Spec{Models: []view.Model{h.model(map[string][]byte{"f": []byte("f")})}}, methods(t)[0])
 	u, err := NewUpper(t.Context(), filepath.Join(h.state, "u"), dir, h.state, Limit{})
 	if err != nil {
 		t.Fatal(err)
@@ -341,7 +341,7 @@ func TestRemovalStopsAtAnotherMount(t *testing.T) {
 func TestHalfMadeUpperIsFinished(t *testing.T) {
 	h := newHost(t, testenv.LoopFS(t, "ext4", 64<<20).Dir)
 	m := h.model(map[string][]byte{"f": []byte("f")})
-	dir := h.view(view.Spec{Models: []view.Model{m}, UID: p(uint32(12)), GID: p(uint32(34)), Mode: p(os.FileMode(0o600))}, view.DataOnly)
+	dir := h.view(view.Spec{Models: []view.Model{m}, UID: p(uint32(12)), GID: p(uint32(34)), Mode: p(os.FileMode(0o600))}, methods(t)[0])
 	half := filepath.Join(h.state, "half")
 	if err := os.MkdirAll(filepath.Join(half, upperName), 0o755); err != nil {
 		t.Fatal(err)
