@@ -42,21 +42,25 @@ func scanKernel(ctx context.Context, state string) (kernelUse, error) {
 	if err != nil {
 		return use, fmt.Errorf("read mount tables: %w; is /proc mounted?", err)
 	}
-	seen := map[string]bool{}
-	scan := func(pid int, ours bool) error {
+	read := func(pid int) ([]byte, error) {
 		data, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
 		if gone(err) {
-			return nil
+			return nil, nil
 		}
 		if err != nil {
-			return fmt.Errorf("read mount tables: %w", err)
+			return nil, fmt.Errorf("read mount tables: %w", err)
 		}
-		return use.add(data, state, pid, ours)
+		return data, nil
 	}
-	if err := scan(os.Getpid(), true); err != nil {
+	table, err := read(os.Getpid())
+	if err != nil {
 		return use, err
 	}
-	seen[own] = true
+	if err := use.add(table, state, os.Getpid(), true); err != nil {
+		return use, err
+	}
+	ownID := firstMountID(table)
+	seen := map[string]bool{own: true}
 	for _, p := range procs {
 		pid, err := strconv.Atoi(p.Name())
 		if err != nil {
@@ -69,18 +73,38 @@ func scanKernel(ctx context.Context, state string) (kernelUse, error) {
 		if gone(err) {
 			continue
 		}
-		if err != nil {
+		hidden := errors.Is(err, fs.ErrPermission)
+		if err != nil && !hidden {
 			return use, fmt.Errorf("read mount tables: %w", err)
 		}
 		if seen[ns] {
 			continue
 		}
-		if err := scan(pid, false); err != nil {
+		table, err := read(pid)
+		if err != nil {
+			return use, err
+		}
+		// Without CAP_SYS_PTRACE, or where a security module says no, the name
+		// of another's namespace is hidden, but not its table. Mount IDs are
+		// unique in the kernel, so they tell which namespace it is.
+		if hidden {
+			if ns = "first mount " + firstMountID(table); seen[ns] || len(table) == 0 || firstMountID(table) == ownID {
+				continue
+			}
+		}
+		if err := use.add(table, state, pid, false); err != nil {
 			return use, err
 		}
 		seen[ns] = true
 	}
 	return use, nil
+}
+
+// firstMountID is the ID of the first mount in a table: the same for all
+// processes that share the namespace and the root folder.
+func firstMountID(table []byte) string {
+	id, _, _ := bytes.Cut(table, []byte(" "))
+	return string(id)
 }
 
 // gone tells that a process ended while it was looked at. Zombies have no
