@@ -59,7 +59,7 @@ func scanKernel(ctx context.Context, state string) (kernelUse, error) {
 	if err := use.add(table, state, os.Getpid(), true); err != nil {
 		return use, err
 	}
-	ownID := firstMountID(table)
+	ownTable := table
 	seen := map[string]bool{own: true}
 	for _, p := range procs {
 		pid, err := strconv.Atoi(p.Name())
@@ -84,11 +84,15 @@ func scanKernel(ctx context.Context, state string) (kernelUse, error) {
 		if err != nil {
 			return use, err
 		}
+		if len(table) == 0 {
+			continue // it ended; another process may still show its namespace
+		}
 		// Without CAP_SYS_PTRACE, or where a security module says no, the name
 		// of another's namespace is hidden, but not its table. Mount IDs are
 		// unique in the kernel, so they tell which namespace it is.
 		if hidden {
-			if ns = "first mount " + firstMountID(table); seen[ns] || len(table) == 0 || firstMountID(table) == ownID {
+			id := firstMountID(table)
+			if ns = "first mount " + id; seen[ns] || hasMount(ownTable, id) {
 				continue
 			}
 		}
@@ -105,6 +109,11 @@ func scanKernel(ctx context.Context, state string) (kernelUse, error) {
 func firstMountID(table []byte) string {
 	id, _, _ := bytes.Cut(table, []byte(" "))
 	return string(id)
+}
+
+// hasMount tells whether a table has the mount with this ID.
+func hasMount(table []byte, id string) bool {
+	return bytes.HasPrefix(table, []byte(id+" ")) || bytes.Contains(table, []byte("\n"+id+" "))
 }
 
 // gone tells that a process ended while it was looked at. Zombies have no
