@@ -138,7 +138,7 @@ func (m *Manager) viewMethod(ctx context.Context) (view.Method, error) {
 	if m.method != "" {
 		return m.method, nil
 	}
-	caps, err := overlay.Probe(ctx, m.store.BlobsDir(), m.state)
+	caps, err := overlay.ProbeMethods(ctx, m.store.BlobsDir(), m.state)
 	if err != nil {
 		return "", fmt.Errorf("find out how this host can mount: %w", err)
 	}

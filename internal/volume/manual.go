@@ -134,8 +134,13 @@ func (m *Manager) endManual(ctx context.Context, one Mounted) error {
 	if err == nil && ok {
 		err = m.detach(ctx, mr)
 	}
+	if errors.Is(err, errHeld) && !errors.Is(err, overlay.ErrBusy) {
+		// Unmounted here; what was written goes when Reap finds it free.
+		mr.Refs, mr.Leaving = 0, true
+		err = m.writeMount(mr)
+	}
 	unlock()
-	if errors.Is(err, errHeld) {
+	if errors.Is(err, overlay.ErrBusy) {
 		return fmt.Errorf("unmount %s: %w: %w", one.Target, ErrInUse, err)
 	}
 	if err == nil && strings.HasPrefix(one.Volume, manualPrefix) {

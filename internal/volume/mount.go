@@ -198,12 +198,8 @@ func (m *Manager) takeUpper(ctx context.Context, mr mountRecord, o Options, view
 	if _, err := os.Lstat(mr.Upper); err == nil {
 		// It is there: kept with the volume, or left by an earlier run with
 		// the same ID. Two mounts on one upper would corrupt it.
-		use, err := scanKernel(ctx, m.state)
-		if err != nil {
+		if err := m.awaitUpper(ctx, mr); err != nil {
 			return overlay.Upper{}, err
-		}
-		if holders := use.holdersOfUpper(mr.Upper); len(holders) > 0 {
-			return overlay.Upper{}, fmt.Errorf("%w: process %d still holds an earlier mount of it; end that container first", ErrInUse, holders[0].PID)
 		}
 		if o.Scope == ScopeRun {
 			if err := overlay.RemoveUpper(mr.Upper); err != nil {

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/go-multierror"
 	"github.com/opencontainers/go-digest"
@@ -63,6 +64,38 @@ func (u kernelUse) holders(mr mountRecord) []Holder {
 	return slices.DeleteFunc(slices.Clone(all), func(h Holder) bool { return strings.HasSuffix(h.Mountpoint, own) })
 }
 
+// How long a mount waits for copies of the host's tree that hold its upper: a
+// container that starts has one for some milliseconds.
+const copyGrace = 3 * time.Second
+
+// awaitUpper makes sure that no container shows an earlier mount of an upper.
+// Copies of the host's tree are waited for; one that stays is a mount
+// namespace somebody made and in which nobody uses the volume.
+func (m *Manager) awaitUpper(ctx context.Context, mr mountRecord) error {
+	for deadline := time.Now().Add(copyGrace); ; {
+		use, err := scanKernel(ctx, m.state)
+		if err != nil {
+			return err
+		}
+		if users := use.holders(mr); len(users) > 0 {
+			return fmt.Errorf("%w: process %d still shows an earlier mount of it at %s; end that container first", ErrInUse, users[0].PID, users[0].Mountpoint)
+		}
+		copies := use.holdersOfUpper(mr.Upper)
+		if len(copies) == 0 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			m.log.Warn("a mount namespace keeps a copy of an earlier mount", "volume", mr.Volume, "process", copies[0].PID, "mountpoint", copies[0].Mountpoint)
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
 // Reap looks at every mount record of this boot and takes away what nobody
 // uses: mounts whose last Unmount was held up or never came, and records whose
 // mount has gone. It also notes which mounts a container shows.
@@ -71,10 +104,10 @@ func (m *Manager) Reap(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if len(names) == 0 {
-		return nil
-	}
 	var failed *multierror.Error
+	if err := m.sweepRemoving(ctx); err != nil {
+		failed = multierror.Append(failed, err)
+	}
 	for _, name := range names {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -303,8 +336,10 @@ func (m *Manager) Remove(ctx context.Context, name string) error {
 	if err != nil {
 		return fmt.Errorf("remove volume %s: %w", name, err)
 	}
-	if holders := use.holdersOfUpper(m.volumeUpper(name)); len(holders) > 0 {
-		return fmt.Errorf("remove volume %s: %w: process %d has it at %s", name, ErrInUse, holders[0].PID, holders[0].Mountpoint)
+	// Its record may be gone while a container still shows the mount.
+	shared := mountRecord{Volume: name, Target: filepath.Join(m.Path(name), sharedTarget), Upper: m.volumeUpper(name)}
+	if holders := use.holders(shared); len(holders) > 0 {
+		return fmt.Errorf("remove volume %s: %w: process %d shows it at %s", name, ErrInUse, holders[0].PID, holders[0].Mountpoint)
 	}
 	for _, mr := range records {
 		if mr.Manual {
@@ -321,9 +356,11 @@ func (m *Manager) Remove(ctx context.Context, name string) error {
 		if err := m.writeMount(mr); err != nil {
 			return fmt.Errorf("remove volume %s: %w", name, err)
 		}
-		if err := m.leave(ctx, mr); errors.Is(err, errHeld) {
+		// A copy of the host's tree that still holds a run's writes does not
+		// hold up the removal: Reap deletes them when it has gone.
+		if err := m.leave(ctx, mr); errors.Is(err, overlay.ErrBusy) {
 			return fmt.Errorf("remove volume %s: %w: %w", name, ErrInUse, err)
-		} else if err != nil {
+		} else if err != nil && !errors.Is(err, errHeld) {
 			return fmt.Errorf("remove volume %s: %w", name, err)
 		}
 	}
