@@ -116,17 +116,21 @@ func (n *network) item(ctx context.Context, it *item) error {
 	if it.gitOID == "" {
 		it.gitOID = s.gitOID()
 	}
-	return n.commit(ctx, it, ing, s, Fetched)
+	if err := n.commit(ctx, it, ing, s, Fetched); err != nil {
+		return errors.Join(err, ing.Close())
+	}
+	return nil
 }
 
-// commit makes an ingest the blob of its digest.
+// commit makes an ingest the blob of its digest. When it fails, the caller
+// decides about the ingest.
 func (r *run) commit(ctx context.Context, it *item, ing *store.Ingest, s *sums, how How) error {
 	d := s.digest()
 	if err := r.lease.Hold(ctx, d); err != nil {
-		return errors.Join(err, ing.Close())
+		return err
 	}
 	if err := ing.Commit(ctx, d, it.want.Size); err != nil {
-		return errors.Join(fmt.Errorf("file %q: %w", it.want.Path, err), ing.Close())
+		return fmt.Errorf("file %q: %w", it.want.Path, err)
 	}
 	it.have(d, how)
 	r.o.Progress.Done(it.want.Path, how)

@@ -178,14 +178,17 @@ func (r *run) duplicate(ctx context.Context, it *item, f *os.File, before fs.Fil
 	if err == nil {
 		err = s.check(it.want)
 	}
+	if err == nil {
+		if it.gitOID == "" {
+			it.gitOID = s.gitOID()
+		}
+		err = r.commit(ctx, it, ing, s, how)
+	}
 	if err != nil {
 		// Nothing of it helps a later attempt, which reads the file again.
 		return errors.Join(err, ing.Discard())
 	}
-	if it.gitOID == "" {
-		it.gitOID = s.gitOID()
-	}
-	return r.commit(ctx, it, ing, s, how)
+	return nil
 }
 
 // fill gives the ingest the file's content and hashes it.

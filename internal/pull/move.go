@@ -194,7 +194,10 @@ func (r *run) commitOne(ctx context.Context, t *taking) (bool, error) {
 	if t.it.gitOID == "" {
 		t.it.gitOID = t.s.gitOID()
 	}
-	return true, r.commit(ctx, t.it, ing, t.s, Moved)
+	if err := r.commit(ctx, t.it, ing, t.s, Moved); err != nil {
+		return false, errors.Join(err, ing.Discard())
+	}
+	return true, nil
 }
 
 // removable is a source whose files can be removed one by one, and what is

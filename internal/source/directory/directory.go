@@ -125,6 +125,9 @@ func New(name string, opts Options) (*Source, error) {
 	return s, nil
 }
 
+// Close lets go of the folder. Sources of one cache share theirs.
+func (s *Source) Close() error { return s.root.Close() }
+
 func openError(name string, err error) error {
 	e := &source.Error{Op: "open", What: name, Err: err}
 	if errors.Is(err, fs.ErrNotExist) {

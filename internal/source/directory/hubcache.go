@@ -48,7 +48,12 @@ const (
 type Cache struct {
 	Sources []source.Source // one for each revision of each model, sorted
 	Skipped []Skipped       // what was found and is not in Sources
+
+	root *os.Root
 }
+
+// Close lets go of the cache's folder; its sources cannot be read afterwards.
+func (c Cache) Close() error { return c.root.Close() }
 
 // Skipped is a part of a cache that cannot be had, and why.
 type Skipped struct {
@@ -108,11 +113,11 @@ func HubCache(name string) (Cache, error) {
 	if err != nil {
 		return Cache{}, openError(name, err)
 	}
-	c := &cacheReader{root: root, base: base}
+	c := &cacheReader{root: root, base: base, out: Cache{root: root}}
 	names := []string{only}
 	if only == "" {
 		if names, err = c.names("."); err != nil {
-			return Cache{}, err
+			return Cache{}, errors.Join(err, root.Close())
 		}
 	}
 	for _, n := range names {
