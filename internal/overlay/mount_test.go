@@ -275,6 +275,9 @@ func TestChangeOfModeCopiesNoData(t *testing.T) {
 // A write of one byte costs a clone where the file system can, a copy where it
 // cannot.
 func TestFirstWriteIntoALargeFile(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short")
+	}
 	const size = 256 << 20
 	for _, c := range []struct {
 		kind   string

@@ -266,6 +266,9 @@ func TestLimitsThatCannotBeKept(t *testing.T) {
 // A container makes what it likes in its upper. Removing it must reach no file
 // outside, and must come to an end.
 func TestRemovalOfAHostileUpper(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short")
+	}
 	h := newHost(t, testenv.LoopFS(t, "ext4", 200<<20).Dir)
 	dir := h.view(view.Spec{Models: []view.Model{h.model(map[string][]byte{"f": []byte("f")})}}, methods(t)[0])
 	outside := filepath.Join(h.root, "outside")
