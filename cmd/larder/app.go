@@ -40,6 +40,8 @@ writable view of the model it asks for.
 		SilenceErrors:     true,
 		SilenceUsage:      true,
 		DisableAutoGenTag: true,
+
+		SuggestionsMinimumDistance: 2,
 	}
 	root.SetOut(a.out)
 	root.SetErr(a.err)

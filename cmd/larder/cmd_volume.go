@@ -51,6 +51,8 @@ func (a *app) cmdVolume() *cobra.Command {
 ("docker volume create", "docker run --mount") and by larder mount --name. What
 an engine made is better removed by the engine ("docker volume rm"), which would
 else go on listing it.`,
+		SuggestionsMinimumDistance: 2,
+
 		Args: a.onlyVerbs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}

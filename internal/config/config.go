@@ -90,7 +90,7 @@ func Keys() []Key {
 		{Name: "node", Flag: "node", Env: []string{"LARDER_NODE"},
 			Usage: "name of this node in a shared store (default the host name)",
 			set:   setNode},
-		{Name: "jobs", Env: []string{"LARDER_JOBS"}, Default: "4", kind: number,
+		{Name: "jobs", Env: []string{"LARDER_JOBS"}, Default: "8", kind: number,
 			Usage: "files or ranges fetched at the same time",
 			set:   setJobs},
 		{Name: "hub.endpoint", Env: []string{"LARDER_HUB_ENDPOINT", "HF_ENDPOINT"}, Default: "https://huggingface.co",

@@ -260,7 +260,7 @@ func (d *doctor) engine() {
 	defer cancel()
 	e, err := usage.AskEngine(ctx, d.c.DockerHost)
 	if err != nil {
-		d.find("engine", Better, "without an engine, larder mount shows models; DOCKER_HOST names another one", "no Docker engine: %v", err)
+		d.find("engine", Better, "without an engine, larder mount shows models; DOCKER_HOST names another one", "%v", err)
 		return
 	}
 	d.find("engine", Good, "", "Docker %s (API %s) at %s", e.Version, e.APIVersion, d.c.DockerHost)

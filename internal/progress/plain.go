@@ -35,6 +35,9 @@ func (l *lines) start(m *Meter) {
 	if p.Files > 0 {
 		files = fmt.Sprintf("%d files, ", p.Files)
 	}
+	if p.Files == 1 {
+		files = "1 file, "
+	}
 	fmt.Fprintf(l.w, "%s: %s%s%s\n", p.What, files, Bytes(p.Bytes), have)
 }
 

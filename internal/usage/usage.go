@@ -10,6 +10,7 @@ package usage
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"regexp"
@@ -32,6 +33,18 @@ type Container struct {
 	Image string
 }
 
+// ErrNoEngine is wrapped where nothing answers at all.
+var ErrNoEngine = errors.New("no engine answers")
+
+// failed makes the client's error ours: its own words for "nothing there" fill
+// three lines.
+func failed(host string, err error) error {
+	if client.IsErrConnectionFailed(err) {
+		return fmt.Errorf("%w at %s", ErrNoEngine, host)
+	}
+	return fmt.Errorf("engine at %s: %w", host, err)
+}
+
 // ask connects to an engine. ctx bounds the whole conversation.
 func ask(host string) (*client.Client, error) {
 	c, err := client.New(client.WithHost(host))
@@ -50,7 +63,7 @@ func AskEngine(ctx context.Context, host string) (Engine, error) {
 	defer c.Close()
 	v, err := c.ServerVersion(ctx, client.ServerVersionOptions{})
 	if err != nil {
-		return Engine{}, fmt.Errorf("engine at %s: %w", host, err)
+		return Engine{}, failed(host, err)
 	}
 	return Engine{Version: v.Version, APIVersion: v.APIVersion}, nil
 }
@@ -64,7 +77,7 @@ func Containers(ctx context.Context, host string) (map[string]Container, error) 
 	defer c.Close()
 	list, err := c.ContainerList(ctx, client.ContainerListOptions{})
 	if err != nil {
-		return nil, fmt.Errorf("engine at %s: %w", host, err)
+		return nil, failed(host, err)
 	}
 	out := make(map[string]Container, len(list.Items))
 	for _, item := range list.Items {
