@@ -50,11 +50,18 @@ var order = []string{
 
 // forTests are packages that only tests may import, wherever they stand. They
 // start engines, serve made-up hubs and mount what they like. Below internal/
-// their names end in "test": hubtest, sourcetest.
+// the name of their folder, or of one above it, ends in "test": hubtest,
+// sourcetest; testenv is one too.
 func forTests(pkg string) bool {
-	return pkg == "test" || strings.HasPrefix(pkg, "test/") ||
-		pkg == "internal/testenv" || strings.HasPrefix(pkg, "internal/testenv/") ||
-		strings.HasPrefix(pkg, "internal/") && strings.HasSuffix(pkg, "test")
+	if pkg == "test" || strings.HasPrefix(pkg, "test/") {
+		return true
+	}
+	for _, folder := range strings.Split(pkg, "/")[1:] {
+		if folder == "testenv" || strings.HasSuffix(folder, "test") {
+			return true
+		}
+	}
+	return false
 }
 
 // apart are pairs that order alone would allow and the design does not: what
