@@ -58,7 +58,17 @@ func (s *stage) unmountAway(m mounted) error {
 	if err := s.calls.unmount(m.volume, m.id); err != nil {
 		return err
 	}
-	return s.calls.remove(m.volume)
+	// Where the host's mounts are private, a process with a mount namespace of
+	// its own that was made meanwhile keeps a copy of ours as long as it lives.
+	// The plugin refuses to forget such a mount, and is right.
+	var err error
+	for range 100 {
+		if err = s.calls.remove(m.volume); err == nil {
+			return nil
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	return err
 }
 
 func randomID() string {

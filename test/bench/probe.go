@@ -16,7 +16,7 @@ import (
 // that starting a container is not part of what is timed. It prints the
 // nanoseconds that the work took.
 //
-//	read FILE          reads the whole file
+//	read FILE TIMES    reads the whole file, and prints the median
 //	poke FILE          opens the file for writing and changes one byte of it
 //	own FILE BYTES     writes a new file
 func probe(args []string) int {
@@ -31,8 +31,20 @@ func probe(args []string) int {
 
 func probeRun(args []string) (time.Duration, error) {
 	switch {
-	case len(args) == 2 && args[0] == "read":
-		return readAll(args[1])
+	case len(args) == 3 && args[0] == "read":
+		n, err := strconv.Atoi(args[2])
+		if err != nil || n < 1 {
+			return 0, errors.New("TIMES is a number from 1 on")
+		}
+		var times []time.Duration
+		for range n {
+			d, err := readAll(args[1])
+			if err != nil {
+				return 0, err
+			}
+			times = append(times, d)
+		}
+		return median(times), nil
 	case len(args) == 2 && args[0] == "poke":
 		return poke(args[1])
 	case len(args) == 3 && args[0] == "own":
@@ -44,7 +56,7 @@ func probeRun(args []string) (time.Duration, error) {
 		err = writeRandom(args[1], n, uint64(os.Getpid())<<32|uint64(began.Nanosecond()))
 		return time.Since(began), err
 	}
-	return 0, errors.New("usage: read FILE | poke FILE | own FILE BYTES")
+	return 0, errors.New("usage: read FILE TIMES | poke FILE | own FILE BYTES")
 }
 
 func readAll(path string) (time.Duration, error) {

@@ -78,7 +78,7 @@ func (b *bench) oneByte(ctx context.Context, s *stage) (err error) {
 		}
 		ids = append(ids, id)
 		// Both find the file in the page cache.
-		if _, err := s.probeHere(ctx, "read", s.blob); err != nil {
+		if _, err := s.probeHere(ctx, "read", s.blob, "1"); err != nil {
 			return err
 		}
 		write := func() error {
