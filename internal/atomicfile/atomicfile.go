@@ -12,7 +12,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/larder-project/larder/internal/disk"
 )
@@ -36,7 +39,7 @@ func WriteVolatile(path string, data []byte, perm fs.FileMode) error {
 
 func write(path string, data []byte, perm fs.FileMode, durable bool) (err error) {
 	dir := filepath.Dir(path)
-	f, err := disk.CreateTemp(dir, TempPrefix+"*")
+	f, err := disk.CreateTemp(dir, fmt.Sprintf("%s%d-*", TempPrefix, os.Getpid()))
 	if err != nil {
 		return fmt.Errorf("replace %s: %w", path, err)
 	}
@@ -78,6 +81,30 @@ func ignoreAbsent(err error) error {
 
 // IsTemp tells whether a file name is that of a write under way or cut short.
 func IsTemp(name string) bool { return strings.HasPrefix(name, TempPrefix) }
+
+// SweepDead removes what writers on this host left in dir whose process is no
+// more. It needs no lock, and leaves what it cannot tell.
+func SweepDead(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return ignoreAbsent(err)
+	}
+	for _, e := range entries {
+		rest, ok := strings.CutPrefix(e.Name(), TempPrefix)
+		if !ok {
+			continue
+		}
+		number, _, _ := strings.Cut(rest, "-")
+		pid, err := strconv.Atoi(number)
+		if err != nil || !errors.Is(unix.Kill(pid, 0), unix.ESRCH) {
+			continue
+		}
+		if err := ignoreAbsent(disk.Remove(filepath.Join(dir, e.Name()))); err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 // SweepTemp removes what writers that died have left in dir. The caller must
 // hold the lock under which files of dir are written.

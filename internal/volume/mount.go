@@ -407,6 +407,9 @@ func (m *Manager) detach(ctx context.Context, mr mountRecord) error {
 	if err := m.dropMount(mr); err != nil {
 		return err
 	}
+	if err := atomicfile.SweepDead(m.mountsDir(mr.Volume)); err != nil {
+		return err
+	}
 	// Folders of the volume go with its last mount; others may still use them.
 	for _, dir := range []string{m.Path(mr.Volume), m.mountsDir(mr.Volume), filepath.Join(m.state, "uppers", "run", mr.Volume)} {
 		if err := removeEmpty(dir); err != nil {

@@ -16,6 +16,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"github.com/larder-project/larder/internal/atomicfile"
 	"github.com/larder-project/larder/internal/disk"
 	"github.com/larder-project/larder/internal/gc"
 	"github.com/larder-project/larder/internal/overlay"
@@ -188,6 +189,9 @@ func (m *Manager) Sweep(ctx context.Context) error {
 		return err
 	}
 	failed = multierror.Append(failed, m.sweepRuns(ctx, use), m.sweepTargets(ctx), m.sweepRemoving(ctx), m.sweepBoots(use))
+	for _, dir := range []string{".", "volumes", "views/" + m.boot} {
+		failed = multierror.Append(failed, atomicfile.SweepDead(filepath.Join(m.state, dir)))
+	}
 	return failed.ErrorOrNil()
 }
 
