@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -19,8 +20,10 @@ import (
 
 // User is a mount namespace in which a file system is mounted.
 type User struct {
-	Namespace   uint64 // inode number of the namespace
-	PIDs        []int  // processes in it, at least one
+	// Namespace is the inode number of the namespace, 0 where the kernel does
+	// not tell it for want of the right to trace its processes.
+	Namespace   uint64
+	PIDs        []int // processes in it, at least one
 	Mountpoints []string
 }
 
@@ -30,66 +33,71 @@ type User struct {
 //
 // It sees the processes of the caller's PID namespace and those below it, so
 // it must run in that of the engine or above. A /proc that cannot be read is
-// an error, and so is a process whose namespace cannot be asked for: never
-// "no users". Processes that end meanwhile are none. A namespace that is made
-// while Users runs may be missed; a caller that acts on "no users" must keep
-// new ones from being made, as by unmounting its own mount first.
+// an error, and so is a process whose mounts cannot be read: never "no users".
+// Processes that end meanwhile are none. A namespace that is made while Users
+// runs may be missed; a caller that acts on "no users" must keep new ones from
+// being made, as by unmounting its own mount first.
 func Users(ctx context.Context, skipOwn bool, devs ...Device) (map[Device][]User, error) {
 	return users(ctx, "/proc", skipOwn, devs)
 }
 
 func users(ctx context.Context, proc string, skipOwn bool, devs []Device) (map[Device][]User, error) {
-	want := make(map[Device]bool, len(devs))
-	for _, d := range devs {
-		want[d] = true
-	}
-	skip := ""
-	if skipOwn {
-		var err error
-		if skip, err = os.Readlink(filepath.Join(proc, "thread-self/ns/mnt")); err != nil {
-			return nil, fmt.Errorf("find users of mounts: %w", err)
+	out, err := func() (map[Device][]User, error) {
+		s := scan{proc: proc, want: make(map[Device]bool, len(devs)), spaces: make(map[string]*namespace)}
+		for _, d := range devs {
+			s.want[d] = true
 		}
-	}
-	pids, err := processes(proc)
+		own, err := os.Readlink(filepath.Join(proc, "thread-self/ns/mnt"))
+		if err != nil {
+			return nil, err
+		}
+		pids, err := processes(proc)
+		if err != nil {
+			return nil, err
+		}
+		for _, pid := range pids {
+			if err := ctx.Err(); err != nil {
+				return nil, err
+			}
+			if err := s.process(pid); err != nil {
+				return nil, fmt.Errorf("process %d: %w", pid, err)
+			}
+		}
+		return s.result(own, skipOwn)
+	}()
 	if err != nil {
 		return nil, fmt.Errorf("find users of mounts: %w", err)
-	}
-	spaces := make(map[string]*namespace)
-	for _, pid := range pids {
-		if err := ctx.Err(); err != nil {
-			return nil, fmt.Errorf("find users of mounts: %w", err)
-		}
-		if err := visit(proc, pid, skip, want, spaces); err != nil {
-			return nil, fmt.Errorf("find users of mounts: process %d: %w", pid, err)
-		}
-	}
-	out := make(map[Device][]User)
-	for link, ns := range spaces {
-		id, err := namespaceID(link)
-		if err != nil {
-			return nil, fmt.Errorf("find users of mounts: %w", err)
-		}
-		for dev, points := range ns.mounts {
-			out[dev] = append(out[dev], User{Namespace: id, PIDs: ns.pids, Mountpoints: points})
-		}
-	}
-	for _, list := range out {
-		slices.SortFunc(list, func(a, b User) int { return cmp.Compare(a.Namespace, b.Namespace) })
 	}
 	return out, nil
 }
 
-type namespace struct {
-	pids   []int
-	read   bool
-	mounts map[Device][]string
+type scan struct {
+	proc      string
+	want      map[Device]bool
+	spaces    map[string]*namespace // by the text of the link in /proc
+	strangers []*namespace          // of processes whose link cannot be read
 }
 
-// visit notes the namespaces of a process. Its threads are asked one by one: a
-// thread may have a mount namespace of its own, and engines written in Go make
-// use of that.
-func visit(proc string, pid int, skip string, want map[Device]bool, spaces map[string]*namespace) error {
-	tasks := filepath.Join(proc, strconv.Itoa(pid), "task")
+// namespace is what was seen of one. A mount's number is its own in all the
+// kernel: the same mount seen from another namespace would have another.
+type namespace struct {
+	pids   []int
+	mounts map[int]mountPoint
+	// whole: the mounts were read through a process that sees all of them. A
+	// process that has changed its root sees only those below it.
+	whole bool
+}
+
+type mountPoint struct {
+	dev  Device
+	path string
+}
+
+// process notes the namespaces of a process. Its threads are asked one by one:
+// a thread may have a mount namespace of its own, and engines written in Go
+// make use of that.
+func (s *scan) process(pid int) error {
+	tasks := filepath.Join(s.proc, strconv.Itoa(pid), "task")
 	d, err := os.Open(tasks)
 	if err != nil {
 		return ignoreGone(err)
@@ -100,63 +108,123 @@ func visit(proc string, pid int, skip string, want map[Device]bool, spaces map[s
 		return ignoreGone(err)
 	}
 	for _, tid := range names {
-		link, err := os.Readlink(filepath.Join(tasks, tid, "ns/mnt"))
-		if err != nil {
-			if err := ignoreGone(err); err != nil {
-				return err
-			}
-			continue
+		if err := s.task(filepath.Join(tasks, tid), pid); err != nil {
+			return err
 		}
-		if link == skip {
-			continue
-		}
-		ns := spaces[link]
-		if ns == nil {
-			ns = &namespace{}
-			spaces[link] = ns
-		}
-		if len(ns.pids) == 0 || ns.pids[len(ns.pids)-1] != pid {
-			ns.pids = append(ns.pids, pid)
-		}
-		if ns.read {
-			continue
-		}
-		mounts, err := readMounts(filepath.Join(tasks, tid, "mountinfo"), want)
-		if err != nil {
-			if err := ignoreGone(err); err != nil {
-				return err
-			}
-			// The next process of this namespace is asked. If there is none,
-			// the namespace has ended.
-			continue
-		}
-		// A thread that ended after the first look, and whose number was
-		// given out again, would have shown the mounts of another namespace.
-		if now, err := os.Readlink(filepath.Join(tasks, tid, "ns/mnt")); err != nil || now != link {
-			continue
-		}
-		ns.read, ns.mounts = true, mounts
 	}
 	return nil
 }
 
-// readMounts gives the mountpoints of the wanted devices in a mount table.
-func readMounts(path string, want map[Device]bool) (map[Device][]string, error) {
-	f, err := os.Open(path)
+func (s *scan) task(task string, pid int) error {
+	link, err := os.Readlink(filepath.Join(task, "ns/mnt"))
+	if errors.Is(err, fs.ErrPermission) {
+		// The mounts themselves can be read without the right to trace.
+		mounts, err := s.read(task)
+		if err != nil {
+			return ignoreGone(err)
+		}
+		s.strangers = append(s.strangers, &namespace{pids: []int{pid}, mounts: mounts})
+		return nil
+	}
+	if err != nil {
+		return ignoreGone(err)
+	}
+	ns := s.spaces[link]
+	if ns == nil {
+		ns = &namespace{mounts: make(map[int]mountPoint)}
+		s.spaces[link] = ns
+	}
+	if !slices.Contains(ns.pids, pid) {
+		ns.pids = append(ns.pids, pid)
+	}
+	if ns.whole {
+		return nil
+	}
+	root, _ := os.Readlink(filepath.Join(task, "root"))
+	mounts, err := s.read(task)
+	if err != nil {
+		// The next process of this namespace is asked. If there is none, the
+		// namespace has ended.
+		return ignoreGone(err)
+	}
+	// A thread that ended after the first look, and whose number was given out
+	// again, would have shown the mounts of another namespace.
+	if now, err := os.Readlink(filepath.Join(task, "ns/mnt")); err != nil || now != link {
+		return nil
+	}
+	maps.Copy(ns.mounts, mounts)
+	ns.whole = root == "/"
+	return nil
+}
+
+// read gives the mounts of the wanted devices that a task sees.
+func (s *scan) read(task string) (map[int]mountPoint, error) {
+	f, err := os.Open(filepath.Join(task, "mountinfo"))
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
 	infos, err := mountinfo.GetMountsFromReader(bufio.NewReaderSize(f, 64<<10), func(i *mountinfo.Info) (skip, stop bool) {
-		return !want[Device{uint32(i.Major), uint32(i.Minor)}], false
+		return !s.want[Device{uint32(i.Major), uint32(i.Minor)}], false
 	})
 	if err != nil {
 		return nil, err
 	}
-	out := make(map[Device][]string)
+	out := make(map[int]mountPoint, len(infos))
 	for _, i := range infos {
-		dev := Device{uint32(i.Major), uint32(i.Minor)}
-		out[dev] = append(out[dev], i.Mountpoint)
+		out[i.ID] = mountPoint{Device{uint32(i.Major), uint32(i.Minor)}, i.Mountpoint}
+	}
+	return out, nil
+}
+
+func (s *scan) result(own string, skipOwn bool) (map[Device][]User, error) {
+	out := make(map[Device][]User)
+	seen := make(map[int]*namespace)
+	report := func(id uint64, ns *namespace) {
+		points := make(map[Device][]string)
+		for _, n := range slices.Sorted(maps.Keys(ns.mounts)) {
+			m := ns.mounts[n]
+			points[m.dev] = append(points[m.dev], m.path)
+		}
+		for dev, list := range points {
+			out[dev] = append(out[dev], User{Namespace: id, PIDs: ns.pids, Mountpoints: list})
+		}
+	}
+	for link, ns := range s.spaces {
+		id, err := namespaceID(link)
+		if err != nil {
+			return nil, err
+		}
+		for n := range ns.mounts {
+			seen[n] = ns
+		}
+		if !skipOwn || link != own {
+			report(id, ns)
+		}
+	}
+	var rest []*namespace
+	for _, ns := range s.strangers {
+		maps.DeleteFunc(ns.mounts, func(n int, _ mountPoint) bool {
+			other := seen[n]
+			if other != nil && !slices.Contains(other.pids, ns.pids[0]) {
+				other.pids = append(other.pids, ns.pids[0])
+			}
+			return other != nil
+		})
+		for n := range ns.mounts {
+			seen[n] = ns
+		}
+		if len(ns.mounts) > 0 {
+			rest = append(rest, ns)
+		}
+	}
+	for _, ns := range rest {
+		report(0, ns)
+	}
+	for _, list := range out {
+		slices.SortFunc(list, func(a, b User) int {
+			return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.PIDs[0], b.PIDs[0]))
+		})
 	}
 	return out, nil
 }
