@@ -295,6 +295,19 @@ func Remove(path string) error {
 	return os.Remove(path)
 }
 
+// CreateIn makes a new file below root, or empties the one that is there,
+// without following a link out of root.
+func CreateIn(root *os.Root, name string, perm fs.FileMode) (*File, error) {
+	if err := step("open", filepath.Join(root.Name(), name)); err != nil {
+		return nil, err
+	}
+	f, err := root.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW, perm)
+	if err != nil {
+		return nil, err
+	}
+	return &File{f: f}, nil
+}
+
 // RemoveIn unlinks a file or an empty folder below root, without following a
 // link out of it.
 func RemoveIn(root *os.Root, name string) error {
