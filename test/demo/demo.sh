@@ -68,7 +68,9 @@ clean_up() {
 	trap '' INT TERM # an impatient second Ctrl-C must not leave mounts behind
 	[[ -z $guarded ]] || rm -f "$guard"
 	[[ -n $work ]] || exit "$status"
-	if (( status != 0 )); then
+	if (( status == 130 || status == 143 )); then
+		echo "demo: interrupted; cleaning up" >&2
+	elif (( status != 0 )); then
 		echo "demo: failed ($status); the last lines of its logs:" >&2
 		tail -n 15 "$work"/*.log >&2 2>/dev/null || true
 	fi
