@@ -15,6 +15,7 @@ import (
 	"github.com/larder-project/larder/internal/reference"
 	"github.com/larder-project/larder/internal/source"
 	"github.com/larder-project/larder/internal/store"
+	"github.com/larder-project/larder/internal/view"
 	"github.com/larder-project/larder/internal/volume"
 )
 
@@ -77,7 +78,7 @@ func classify(err error) int {
 		return exitInUse
 	case is(err, store.ErrNotFound, source.ErrNotFound, volume.ErrNotFound, volume.ErrNotMounted, fs.ErrNotExist):
 		return exitNotFound
-	case is(err, reference.ErrInvalid, volume.ErrInvalid):
+	case is(err, reference.ErrInvalid, volume.ErrInvalid, view.ErrInvalid):
 		return exitUsage
 	}
 	return exitFailed
