@@ -16,7 +16,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -112,7 +111,7 @@ func (m Mount) Do() error {
 	if m.ReadOnly {
 		flags |= unix.MS_RDONLY
 	}
-	if err := bounded(func() error { return disk.Mount(source, m.Target, "overlay", flags, opts) }); err != nil {
+	if err := disk.Mount(source, m.Target, "overlay", flags, opts); err != nil {
 		return fmt.Errorf("mount view: %w%s", err, hint(err))
 	}
 	return nil
@@ -153,37 +152,6 @@ func checkEmpty(dir string) error {
 		return fmt.Errorf("%s is not empty", dir)
 	}
 	return nil
-}
-
-// bounded runs f on a thread without CAP_SYS_RESOURCE. Overlay keeps the
-// credentials of whoever mounts it and writes to the upper with them, for
-// every container; with that capability ext4 and the quota code would let
-// them pass every limit.
-func bounded(f func() error) error {
-	runtime.LockOSThread()
-	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var had [2]unix.CapUserData
-	if err := unix.Capget(&head, &had[0]); err != nil {
-		runtime.UnlockOSThread()
-		return fmt.Errorf("read capabilities: %w", err)
-	}
-	less := had
-	less[0].Effective &^= 1 << unix.CAP_SYS_RESOURCE
-	if less == had {
-		defer runtime.UnlockOSThread()
-		return f()
-	}
-	if err := unix.Capset(&head, &less[0]); err != nil {
-		runtime.UnlockOSThread()
-		return fmt.Errorf("drop CAP_SYS_RESOURCE: %w", err)
-	}
-	err := f()
-	// A thread that could not be restored stays locked and ends with its
-	// goroutine, instead of serving others with less than they expect.
-	if e := unix.Capset(&head, &had[0]); e == nil {
-		runtime.UnlockOSThread()
-	}
-	return err
 }
 
 // Unmount takes away the topmost mount at target. It returns ErrBusy while
