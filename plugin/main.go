@@ -142,12 +142,16 @@ func reap(ctx context.Context, volumes *volume.Manager, log *slog.Logger) {
 	tick := time.NewTicker(reapEvery)
 	defer tick.Stop()
 	for {
+		if err := volumes.Absorb(ctx); err != nil && ctx.Err() == nil {
+			log.Warn("take over downloads", "error", err)
+		}
 		if err := volumes.Reap(ctx); err != nil && ctx.Err() == nil {
 			log.Warn("look for forgotten mounts", "error", err)
 		}
 		select {
 		case <-ctx.Done():
 			return
+		case <-volumes.Ended():
 		case <-tick.C:
 		}
 	}

@@ -58,6 +58,8 @@ type Manager struct {
 	log    *slog.Logger
 	method view.Method
 
+	ended chan struct{} // see Ended
+
 	mu    sync.Mutex
 	plans map[string]string // of a spec: the key of its view
 }
@@ -78,7 +80,7 @@ func Open(ctx context.Context, c Config) (*Manager, error) {
 	if err := store.CheckNode(c.Node); err != nil {
 		return nil, fmt.Errorf("open state: %w", err)
 	}
-	m := &Manager{store: c.Store, state: state, node: c.Node, boot: c.BootID, puller: c.Puller, log: c.Log, plans: map[string]string{}}
+	m := &Manager{store: c.Store, state: state, node: c.Node, boot: c.BootID, puller: c.Puller, log: c.Log, plans: map[string]string{}, ended: make(chan struct{}, 1)}
 	m.mnt = c.Mounts
 	if m.mnt == "" {
 		m.mnt = filepath.Join(state, "mnt")
@@ -147,6 +149,16 @@ func (m *Manager) viewMethod(ctx context.Context) (view.Method, error) {
 	}
 	m.method = caps.Method
 	return m.method, nil
+}
+
+// Ended receives when a run has ended whose cache Absorb is to look at.
+func (m *Manager) Ended() <-chan struct{} { return m.ended }
+
+func (m *Manager) kick() {
+	select {
+	case m.ended <- struct{}{}:
+	default:
+	}
 }
 
 const lockRetry = 2 * time.Millisecond

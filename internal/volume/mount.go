@@ -90,7 +90,7 @@ func (m *Manager) begin(ctx context.Context, r record, o Options, mr mountRecord
 			return mountRecord{}, err
 		}
 	}
-	mr.Refs, mr.Time, mr.Called = 1, time.Now().UTC(), now
+	mr.Refs, mr.Time, mr.Called, mr.Absorb = 1, time.Now().UTC(), now, o.Absorb
 	if again {
 		// The host's mount has gone (a reboot of the plugin's own container,
 		// or somebody unmounted it by hand); earlier calls still count, and a
@@ -223,6 +223,7 @@ func (m *Manager) rollBack(ctx context.Context, mr mountRecord, live bool) error
 	if live {
 		return m.dropMount(mr)
 	}
+	mr.Absorb = false
 	if err := m.detach(ctx, mr); err != nil {
 		return fmt.Errorf("roll back: %w", err)
 	}
@@ -340,6 +341,10 @@ func (m *Manager) Unmount(ctx context.Context, name, id string) error {
 	}
 	err = m.leave(ctx, mr)
 	if errors.Is(err, errHeld) {
+		if mr.Absorb {
+			m.kick()
+			return nil
+		}
 		m.log.Warn("unmount waits for what still holds the mount", "volume", name, "id", id, "reason", err)
 		return nil
 	}
@@ -368,19 +373,11 @@ func (m *Manager) leave(ctx context.Context, mr mountRecord) error {
 // order; it can be repeated after a crash at any step. It returns errHeld
 // where somebody still holds the mount, and then has deleted nothing.
 func (m *Manager) detach(ctx context.Context, mr mountRecord) error {
-	for {
-		mounted, err := overlay.IsMounted(mr.Target)
-		if err != nil {
-			return err
-		}
-		if !mounted {
-			break
-		}
-		if err := overlay.Unmount(mr.Target); errors.Is(err, overlay.ErrBusy) {
-			return fmt.Errorf("%w: %w", errHeld, err)
-		} else if err != nil && !errors.Is(err, overlay.ErrNotMounted) {
-			return err
-		}
+	if mr.Absorb {
+		return fmt.Errorf("%w: what was downloaded into it is being taken over", errHeld)
+	}
+	if err := m.unmount(mr.Target); err != nil {
+		return err
 	}
 	if mr.Upper != "" && mr.Upper == m.runUpper(mr.Volume, mr.ID) {
 		use, err := scanKernel(ctx, m.state)
@@ -417,6 +414,22 @@ func (m *Manager) detach(ctx context.Context, mr mountRecord) error {
 		}
 	}
 	return nil
+}
+
+// unmount takes away what is mounted at target, if anything. A mount that is in
+// use is errHeld.
+func (m *Manager) unmount(target string) error {
+	for {
+		mounted, err := overlay.IsMounted(target)
+		if err != nil || !mounted {
+			return err
+		}
+		if err := overlay.Unmount(target); errors.Is(err, overlay.ErrBusy) {
+			return fmt.Errorf("%w: %w", errHeld, err)
+		} else if err != nil && !errors.Is(err, overlay.ErrNotMounted) {
+			return err
+		}
+	}
 }
 
 // removeEmpty removes a folder unless it is gone or has something in it.

@@ -240,6 +240,8 @@ func (o *Options) check(raw map[string]string) error {
 		return fmt.Errorf("%w: with access=ro nothing is written that absorb=on could take over", ErrInvalid)
 	case o.Absorb && !o.Catalog && o.Layout != view.HF:
 		return fmt.Errorf("%w: absorb=on takes over what a hub's client downloads, so it needs layout=hf", ErrInvalid)
+	case o.Absorb && raw["scope"] == string(ScopeVolume):
+		return fmt.Errorf("%w: absorb=on moves downloads into the store when a run ends, scope=volume keeps them in the volume", ErrInvalid)
 	case o.Tmpfs && o.Scope == ScopeVolume && raw["scope"] != "":
 		return fmt.Errorf("%w: scope=volume keeps what is written, upper=tmpfs does not", ErrInvalid)
 	}
@@ -254,7 +256,7 @@ func (o *Options) check(raw map[string]string) error {
 			return fmt.Errorf("%w: model=* shows what is in the store; it has nothing to pull", ErrInvalid)
 		}
 	}
-	if o.Tmpfs {
+	if o.Tmpfs || o.Absorb {
 		o.Scope = ScopeRun // of an anonymous volume; see above for others
 	}
 	return nil

@@ -58,6 +58,8 @@ type mountRecord struct {
 	// Leaving: Unmount was called for the last time, and what is left to do
 	// waits for somebody who still holds the mount.
 	Leaving bool `json:"leaving,omitempty"`
+	// Absorb: what the run wrote is not deleted before Absorb has looked at it.
+	Absorb bool `json:"absorb,omitempty"`
 }
 
 // viewRecord is STATE/views/BOOT/KEY.json: the versions that a view shows.
