@@ -126,10 +126,15 @@ func ParseOptions(name string, raw map[string]string) (Options, error) {
 
 func unknownOption(key string) error {
 	names := slices.Sorted(maps.Keys(optionNames))
+	best := ""
 	for _, name := range names {
-		if strings.HasPrefix(name, key) || strings.HasPrefix(key, name) || strings.EqualFold(name, key) {
-			return fmt.Errorf("%w: unknown option %.100q; did you mean %s (%s)?", ErrInvalid, key, name, optionNames[name])
+		near := strings.HasPrefix(name, key) || strings.HasPrefix(key, name) || strings.EqualFold(name, key)
+		if near && len(name) > len(best) {
+			best = name
 		}
+	}
+	if best != "" {
+		return fmt.Errorf("%w: unknown option %.100q; did you mean %s (%s)?", ErrInvalid, key, best, optionNames[best])
 	}
 	return fmt.Errorf("%w: unknown option %.100q; known are %s", ErrInvalid, key, strings.Join(names, ", "))
 }
