@@ -37,10 +37,7 @@ const (
 // content is n bytes that no other n has.
 func content(n int) []byte {
 	b := make([]byte, n)
-	rng := rand.New(rand.NewPCG(uint64(n), 7))
-	for i := range b {
-		b[i] = byte(rng.Uint32())
-	}
+	_, _ = rand.NewChaCha8([32]byte{byte(n), byte(n >> 8), byte(n >> 16)}).Read(b)
 	return b
 }
 
@@ -798,9 +795,10 @@ func TestCancelWhileWaiting(t *testing.T) {
 		for _, kind := range []string{hubtest.KindTree, hubtest.KindData} {
 			t.Run(name+" of "+kind, func(t *testing.T) {
 				t.Parallel()
-				f.Kind = kind
+				fault := f
+				fault.Kind = kind
 				hub := serve(t, hubtest.Options{})
-				hub.Inject(f)
+				hub.Inject(fault)
 				src := connect(t, hub, func(o *Options) { o.Idle = time.Hour })
 				ctx, cancel := context.WithCancel(t.Context())
 				time.AfterFunc(100*time.Millisecond, cancel)

@@ -32,10 +32,7 @@ type Factory func(t *testing.T, files map[string][]byte) source.Source
 // file of some megabytes.
 func Files() map[string][]byte {
 	big := make([]byte, 3<<20+17)
-	rng := rand.New(rand.NewPCG(1, 2))
-	for i := range big {
-		big[i] = byte(rng.Uint32())
-	}
+	_, _ = rand.NewChaCha8([32]byte{1}).Read(big)
 	return map[string][]byte{
 		"config.json":                 []byte(`{"model_type": "test"}` + "\n"),
 		".gitattributes":              []byte("*.safetensors filter=lfs diff=lfs merge=lfs -text\n"),

@@ -14,6 +14,9 @@ import (
 
 // ServeHTTP is the hub itself.
 func (h *Hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if h.options.Control && h.control(w, r) {
+		return
+	}
 	x := &exchange{h: h, w: w, r: r, log: &Request{Kind: KindOther}}
 	segments, ok := split(r.URL.EscapedPath())
 	if !ok {
@@ -257,7 +260,7 @@ func (x *exchange) tree(r *Repo, c *commit, dir string) {
 	expand, recursive := isTrue(q.Get("expand")), isTrue(q.Get("recursive"))
 
 	// The list is folders, files, and those that are made up as they are read.
-	folders, files := c.folders(), c.files
+	folders, files := slices.Clone(c.dirs), c.files
 	lazy := c.lazy
 	if dir != "" || !recursive {
 		inside := func(p string) bool {
@@ -346,7 +349,7 @@ func (x *exchange) pathsInfo(c *commit) {
 	for _, p := range paths {
 		if i, ok := c.byPath[p]; ok {
 			out = append(out, x.treeEntry(c, c.files[i], expand))
-		} else if slices.Contains(c.folders(), p) {
+		} else if slices.Contains(c.dirs, p) {
 			out = append(out, treeJSON{Type: "directory", OID: gitOIDOf(p), Path: p})
 		}
 	}

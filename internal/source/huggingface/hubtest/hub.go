@@ -40,6 +40,11 @@ type Options struct {
 	// LinkBase stands in front of the link to the next page, in place of the
 	// hub's own address, as behind a mirror that rewrites nothing.
 	LinkBase string
+
+	// Control lets other processes ask and tell the hub what tests in this
+	// one do: GET /_test/requests (the log), POST /_test/fault (a Fault as
+	// JSON), DELETE /_test/fault (none any more).
+	Control bool
 }
 
 // Hub is the state of a hub. It is an http.Handler for the hub itself; CDN

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io/fs"
+	"maps"
 	"path"
 	"path/filepath"
 	"slices"
@@ -41,6 +42,7 @@ type commit struct {
 	id     string
 	files  []entry // sorted by path
 	byPath map[string]int
+	dirs   []string // all folders of files, sorted
 
 	lazy     int // further files, that exist in the list alone
 	lazyFile func(i int) File
@@ -155,6 +157,7 @@ func (r *Repo) commit(branch string, files []File, lazy int, lazyFile func(int) 
 		c.files = append(c.files, e)
 	}
 	c.id = hex.EncodeToString(id.Sum(nil))
+	c.dirs = folders(c.files)
 
 	r.hub.mu.Lock()
 	defer r.hub.mu.Unlock()
@@ -206,20 +209,15 @@ func (c *commit) at(i int) entry {
 	return e
 }
 
-// folders are the paths of all folders of the files that are in memory.
-func (c *commit) folders() []string {
+// folders are the paths of all folders that the files lie in.
+func folders(files []entry) []string {
 	seen := map[string]bool{}
-	for _, f := range c.files {
+	for _, f := range files {
 		for dir := path.Dir(f.Path); dir != "." && dir != "/" && !seen[dir]; dir = path.Dir(dir) {
 			seen[dir] = true
 		}
 	}
-	var out []string
-	for dir := range seen {
-		out = append(out, dir)
-	}
-	slices.Sort(out)
-	return out
+	return slices.Sorted(maps.Keys(seen))
 }
 
 // lfsNames are the patterns that a new repository's .gitattributes gives to

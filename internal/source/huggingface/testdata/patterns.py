@@ -1,6 +1,6 @@
 """Writes patterns.json: what Python's own fnmatchcase says of patterns and names.
 
-Run: python3 -W ignore patterns.py > patterns.json
+Run: python3 -W ignore patterns.py > patterns.json (3.10 and older refuse some).
 One line a pattern: [pattern, [names that match], [names that do not]].
 """
 import fnmatch
