@@ -91,10 +91,17 @@ func (d *driver) Mount(r *dockervolume.MountRequest) (*dockervolume.MountRespons
 	return out, err
 }
 
+// Unmount answers that all is well, unless the request makes no sense: the
+// container has ended whatever the answer, and the engine asks no second time.
+// What failed is in the log, and the reaper finishes it.
 func (d *driver) Unmount(r *dockervolume.UnmountRequest) error {
-	return d.call("unmount", r.Name, shortCall, func(ctx context.Context) error {
+	err := d.call("unmount", r.Name, shortCall, func(ctx context.Context) error {
 		return d.volumes.Unmount(ctx, r.Name, r.ID)
 	})
+	if errors.Is(err, volume.ErrInvalid) {
+		return err
+	}
+	return nil
 }
 
 func (d *driver) Path(r *dockervolume.PathRequest) (*dockervolume.PathResponse, error) {
