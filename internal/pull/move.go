@@ -4,11 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
+	"slices"
 	"sync"
 
+	"github.com/opencontainers/go-digest"
+
+	"github.com/larder-project/larder/internal/modelpack"
 	"github.com/larder-project/larder/internal/source"
+	"github.com/larder-project/larder/internal/store"
 )
 
 // Taking files over (Options.Move).
@@ -34,7 +40,9 @@ import (
 // After a crash in that moment the files are where they were, read-only and
 // perhaps with another owner, and the same command finishes the work. They
 // share their blocks with blobs that no version uses: run it again before
-// writing to them.
+// writing to them. After a crash while old names are removed, a note in the
+// folder says which version they belong to, and the same command removes the
+// rest.
 //
 // Files that are small, on another file system, linked elsewhere, or that
 // cannot be leased are cloned or copied, and removed at the end as the others.
@@ -200,18 +208,105 @@ func (r *run) commitOne(ctx context.Context, t *taking) (bool, error) {
 	return true, nil
 }
 
-// removable is a source whose files can be removed one by one, and what is
-// left of the version at the end.
-type removable interface {
+// movable is a source whose files can be removed one by one, and what is left
+// of the version at the end. BeginMove leaves a note that tells an interrupted
+// move from a model of fewer files.
+type movable interface {
+	Moving() (digest.Digest, error)
+	BeginMove(version digest.Digest) error
 	Remove(f source.File) error
 	Finish() error
 }
 
+// resumeMove ends a move that a crash broke off after it had published: the
+// files that are still there and are those of the version are removed. It
+// tells whether there was such a move.
+func (r *run) resumeMove(ctx context.Context) (Result, bool, error) {
+	src, ok := r.src.(movable)
+	if !ok {
+		return Result{}, false, nil
+	}
+	d, err := src.Moving()
+	if err != nil || d == "" {
+		return Result{}, false, err
+	}
+	if err := r.lease.Hold(ctx, d); err != nil {
+		return Result{}, true, err
+	}
+	versions, err := r.st.Versions()
+	if err != nil {
+		return Result{}, true, err
+	}
+	at := slices.IndexFunc(versions, func(v store.Version) bool { return v.Digest == d })
+	if at < 0 {
+		return Result{}, true, fmt.Errorf("these are the remains of a folder that was moved into a store as %s, and store %s does not have it; import what is left after removing the file .larder-moved", d, r.st.Dir())
+	}
+	if !r.o.Move {
+		return Result{}, true, fmt.Errorf("a move of these files into the store broke off; the version is there as %s; say --move again to remove what is left of them", d)
+	}
+	m, err := r.st.Model(d)
+	if err != nil {
+		return Result{}, true, err
+	}
+	res := Result{Version: versions[at], Model: m, Unchanged: true}
+	known := map[string]modelpack.File{}
+	for _, f := range m.Files {
+		known[f.Path] = f
+		res.Reused += f.Size
+		res.Files = append(res.Files, FileResult{Path: f.Path, Digest: f.Digest, Size: f.Size, How: Reused})
+	}
+	var failed []error
+	for _, f := range r.snap.Files {
+		if err := r.removeKnown(ctx, src, f, known[f.Path]); err != nil {
+			failed = append(failed, err)
+		}
+	}
+	if len(failed) > 0 {
+		return res, true, fmt.Errorf("the version is in the store as %s, but these files were not removed: %w", d, errors.Join(few(failed)...))
+	}
+	return res, true, src.Finish()
+}
+
+// removeKnown removes a file if its bytes are those of the version's file.
+func (r *run) removeKnown(ctx context.Context, src movable, f source.File, want modelpack.File) error {
+	stays := fmt.Errorf("file %q is not the one that was moved, and stays", f.Path)
+	if want.Digest == "" || want.Size != f.Size {
+		return stays
+	}
+	if size, ok, err := r.st.Stat(want.Digest); err != nil || !ok || size != want.Size {
+		return errors.Join(fmt.Errorf("file %q: its copy in the store is missing", f.Path), err)
+	}
+	rc, err := r.src.Open(ctx, f, 0, f.Size)
+	if err != nil {
+		return err
+	}
+	s := newSums(f.Size, false)
+	_, err = io.Copy(s, rc)
+	if err := errors.Join(err, rc.Close()); err != nil {
+		return err
+	}
+	if s.digest() != want.Digest {
+		return stays
+	}
+	return src.Remove(f)
+}
+
+func few(errs []error) []error {
+	const shown = 5
+	if more := len(errs) - shown; more > 0 {
+		errs = append(errs[:shown], fmt.Errorf("and %d more", more))
+	}
+	return errs
+}
+
 // removeOriginals ends a move: the version is published.
-func (r *run) removeOriginals() error {
-	src, ok := r.src.(removable)
+func (r *run) removeOriginals(version digest.Digest) error {
+	src, ok := r.src.(movable)
 	if !ok {
 		return errors.New("this source cannot remove files")
+	}
+	if err := src.BeginMove(version); err != nil {
+		return err
 	}
 	var disturbed error
 	stays := map[string]bool{}
@@ -230,11 +325,7 @@ func (r *run) removeOriginals() error {
 			failed = append(failed, err)
 		}
 	}
-	const shown = 5
-	if more := len(failed) - shown; more > 0 {
-		failed = append(failed[:shown], fmt.Errorf("and %d more", more))
-	}
-	if err := errors.Join(append(failed, disturbed)...); err != nil {
+	if err := errors.Join(append(few(failed), disturbed)...); err != nil {
 		return err
 	}
 	return src.Finish()

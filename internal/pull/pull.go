@@ -86,18 +86,23 @@ func Run(ctx context.Context, st *store.Store, src source.Source, o Options) (re
 	if err != nil {
 		return Result{}, err
 	}
-	items, err := plan(snap)
-	if err != nil {
-		return Result{}, fmt.Errorf("%s: %w", title(snap), err)
-	}
 	lease, err := st.NewLease(ctx, o.Node, "pull")
 	if err != nil {
 		return Result{}, err
 	}
-	r := &run{st: st, src: src, lease: lease, snap: snap, items: items, o: o}
+	r := &run{st: st, src: src, lease: lease, snap: snap, o: o}
 	defer func() {
 		err = errors.Join(err, r.closeMoved(), lease.Release())
 	}()
+	if res, was, err := r.resumeMove(ctx); was || err != nil {
+		if err != nil {
+			err = fmt.Errorf("%s: %w", title(snap), err)
+		}
+		return res, err
+	}
+	if r.items, err = plan(snap); err != nil {
+		return Result{}, fmt.Errorf("%s: %w", title(snap), err)
+	}
 	if err := r.lookUp(ctx); err != nil {
 		return Result{}, fmt.Errorf("%s: %w", title(snap), err)
 	}
@@ -115,7 +120,7 @@ func Run(ctx context.Context, st *store.Store, src source.Source, o Options) (re
 		}
 	}
 	if o.Move {
-		if err := r.removeOriginals(); err != nil {
+		if err := r.removeOriginals(res.Version.Digest); err != nil {
 			return res, fmt.Errorf("%s is in the store, but its files could not all be removed from where they were: %w", title(snap), err)
 		}
 	}

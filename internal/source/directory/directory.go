@@ -34,7 +34,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/larder-project/larder/internal/disk"
 	"github.com/larder-project/larder/internal/modelpack"
 	"github.com/larder-project/larder/internal/reference"
 	"github.com/larder-project/larder/internal/source"
@@ -52,6 +51,8 @@ type Source struct {
 	base  string // real path of root
 	dir   string // below root, what is listed: "." or a snapshot of a cache
 	owner taker  // what else uses a file; nil for a plain folder
+
+	single bool // the source is one file, not a folder
 
 	list    sync.Mutex
 	listed  bool
@@ -87,6 +88,7 @@ type taker interface {
 	sole(e entry) bool                   // nothing else refers to the file
 	remove(e entry) error                // the version no longer needs it
 	finish(s *Source, all []entry) error // every file of the version is gone
+	mark(s *Source) string               // name of the note below
 }
 
 // New opens a folder, or a single file, as a source. The path itself may be a
@@ -120,7 +122,7 @@ func New(name string, opts Options) (*Source, error) {
 			return nil, invalid(name, err)
 		}
 		s.add(one, entry{name: one, was: identify(fi)})
-		s.listed = true
+		s.listed, s.single = true, true
 	}
 	return s, nil
 }
@@ -170,7 +172,9 @@ func (s *Source) Snapshot(ctx context.Context) (source.Snapshot, error) {
 		if err := s.walk(ctx, s.dir, ""); err != nil {
 			return source.Snapshot{}, err
 		}
-		if len(s.snap.Files) == 0 {
+		if moving, err := s.Moving(); err != nil {
+			return source.Snapshot{}, err
+		} else if len(s.snap.Files) == 0 && moving == "" {
 			return source.Snapshot{}, refuse(s.base, "has no files", "a model needs at least one")
 		}
 		s.sort()
@@ -196,7 +200,7 @@ func (s *Source) add(name string, e entry) {
 
 // leftOut tells whether a path of the model is a tool's book-keeping.
 func leftOut(name string) bool {
-	return path.Base(name) == ".git" || name == ".cache/huggingface"
+	return path.Base(name) == ".git" || name == ".cache/huggingface" || name == moveNote
 }
 
 // walk lists the folder at dir below root, which is at prefix in the model.
@@ -376,63 +380,3 @@ func (r *reader) Read(p []byte) (int, error) {
 }
 
 func (r *reader) Close() error { return r.file.Close() }
-
-// Place is the path of the file on this machine, the same in each run, and
-// whether nothing else is known to use it: then it may be taken over.
-func (s *Source) Place(f source.File) (name string, sole bool, err error) {
-	e, err := s.entry(f)
-	if err != nil {
-		return "", false, err
-	}
-	if s.owner != nil {
-		return s.full(e.name), s.owner.sole(e), nil
-	}
-	return s.full(e.name), e.link == "", nil
-}
-
-// Remove takes the file out of the folder, after its bytes have found another
-// home. A file that is not the one that was listed stays, with
-// source.ErrChanged. Of a linked file the link goes; in a cache the file goes
-// with its last link.
-func (s *Source) Remove(f source.File) error {
-	e, err := s.entry(f)
-	if err != nil {
-		return err
-	}
-	fi, err := s.root.Lstat(e.name)
-	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			return changed(s.full(e.name), "it is gone")
-		}
-		return openError(s.full(e.name), err)
-	}
-	if (e.link == "" || s.owner != nil) && identify(fi) != e.was {
-		return changed(s.full(e.name), "it was written to or replaced, and stays")
-	}
-	if s.owner != nil {
-		return s.owner.remove(e)
-	}
-	name := e.name
-	if e.link != "" {
-		name = e.link
-	}
-	if err := disk.RemoveIn(s.root, name); err != nil {
-		return &source.Error{Op: "remove", What: s.full(name), Err: err}
-	}
-	return nil
-}
-
-// Finish is called after Remove of every file has succeeded: what the folder
-// held for this version alone goes too. Folders of a plain folder stay.
-func (s *Source) Finish() error {
-	if s.owner == nil {
-		return nil
-	}
-	s.list.Lock()
-	all := make([]entry, 0, len(s.entries))
-	for _, e := range s.entries {
-		all = append(all, e)
-	}
-	s.list.Unlock()
-	return s.owner.finish(s, all)
-}

@@ -309,7 +309,11 @@ func (c *cacheReader) revision(s *Source, repo, name, commit string, refs []stri
 	if err := c.snapshot(s, repo, s.dir, "", t); err != nil {
 		return err
 	}
-	if len(s.snap.Files) == 0 {
+	moving, err := s.Moving()
+	if err != nil {
+		return err
+	}
+	if len(s.snap.Files) == 0 && moving == "" {
 		return errors.New("it has no files")
 	}
 	s.sort()
@@ -488,10 +492,14 @@ func (u *blobUse) remove(e entry) error {
 	return nil
 }
 
+func (u *blobUse) mark(s *Source) string {
+	return path.Join(u.repo, moveNote+"-"+path.Base(s.dir))
+}
+
 // finish removes what names the revision, so that the client sees a cache
 // without it rather than a damaged one: refs first.
 func (u *blobUse) finish(s *Source, all []entry) error {
-	commit := s.snap.Revision
+	commit := path.Base(s.dir)
 	var names []string
 	for _, ref := range u.refs[commit] {
 		names = append(names, path.Join(u.repo, refsDir, ref))
