@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -26,6 +27,7 @@ import (
 	"github.com/larder-project/larder/internal/source/huggingface/hubtest"
 	"github.com/larder-project/larder/internal/source/sourcetest"
 	"github.com/opencontainers/go-digest"
+	"go.uber.org/goleak"
 )
 
 const (
@@ -712,6 +714,27 @@ func TestLinks(t *testing.T) {
 		hub.Inject(hubtest.Fault{Kind: hubtest.KindData, CutAfter: hubtest.At(100_000), Times: 3})
 		read(t, connect(t, hub, nil), 5, 1<<20)
 	})
+	t.Run("lead to a host that is gone", func(t *testing.T) {
+		hub := serve(t, hubtest.Options{})
+		src := connect(t, hub, nil)
+		read(t, src, 0, 1000)
+		gone, err := url.Parse("http://127.0.0.1:1/gone")
+		if err != nil {
+			t.Fatal(err)
+		}
+		src.remember(weights, gone)
+		read(t, src, 1000, 1000)
+	})
+	t.Run("lead to a host that gives nothing", func(t *testing.T) {
+		hub := serve(t, hubtest.Options{})
+		src := connect(t, hub, nil)
+		read(t, src, 0, 1000)
+		hub.Inject(hubtest.Fault{Kind: hubtest.KindData, CutAfter: hubtest.At(0), Times: 1})
+		read(t, src, 1000, 1000)
+		if n := hub.Asked(hubtest.KindResolve, weights); n != 2 {
+			t.Errorf("the hub was asked %d times, want twice", n)
+		}
+	})
 	t.Run("end at once", func(t *testing.T) {
 		hub := serve(t, hubtest.Options{LinkLife: time.Nanosecond})
 		src := connect(t, hub, nil)
@@ -872,6 +895,82 @@ func TestConnectionsAreUsedAgain(t *testing.T) {
 		t.Errorf("%d connections for one reader of two hosts", len(seen))
 	}
 }
+
+func TestRedirects(t *testing.T) {
+	for _, c := range []struct {
+		from, location, want string
+	}{
+		{"https://hub/a/b", "/c?d=e", "https://hub/c?d=e"},
+		{"https://hub/a/b", "c", "https://hub/a/c"},
+		{"https://hub/a/b", "//cdn/c", "https://cdn/c"},
+		{"https://hub/a/b", "https://user:pw@cdn/c#d", "https://cdn/c"},
+		{"http://hub/a", "https://hub/a", "https://hub/a"},
+		{"https://hub/a", "http://hub/a", ""},
+		{"https://hub/a", "http://cdn/a", ""},
+		{"https://hub/a", "file:///etc/passwd", ""},
+		{"https://hub/a", "data:text/plain,x", ""},
+		{"https://hub/a", "https:///x", ""},
+		{"https://hub/a", "https://[x", ""},
+		{"https://hub/a", "", ""},
+	} {
+		from, err := url.Parse(c.from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		to, f := redirect(from, c.location)
+		switch {
+		case (f != nil) != (c.want == ""):
+			t.Errorf("%s to %s: failure %+v", c.from, c.location, f)
+		case f == nil && to.String() != c.want:
+			t.Errorf("%s to %s: %s, want %s", c.from, c.location, to, c.want)
+		}
+	}
+}
+
+// On the hub itself a redirect keeps the token: a private model's small files
+// lie behind one.
+func TestTokenStaysOnTheHub(t *testing.T) {
+	hub := serve(t, hubtest.Options{ResolveCache: true})
+	hub.Repo(repo).Private()
+	hub.AddToken("hf_secret", repo)
+	src := connect(t, hub, func(o *Options) { o.Token = "hf_secret" })
+	if got, err := readAll(t, src, config); err != nil || !bytes.Equal(got, tiny()[config]) {
+		t.Errorf("%q, error %v", got, err)
+	}
+	if n := hub.Asked(hubtest.KindResolve, config); n != 2 {
+		t.Errorf("%d requests, want the file's address and the one behind it", n)
+	}
+}
+
+func TestOnWaitTellsWhatWaitsAndWhy(t *testing.T) {
+	hub := serve(t, hubtest.Options{})
+	hub.Inject(hubtest.Fault{Kind: hubtest.KindTree, Status: 429, Header: map[string]string{"Retry-After": "1"}, Times: 1})
+	hub.Inject(hubtest.Fault{Kind: hubtest.KindData, Status: 503, Times: 1})
+	type call struct {
+		what string
+		long bool
+		kind error
+	}
+	var got []call
+	src := connect(t, hub, func(o *Options) {
+		o.OnWait = func(what string, wait time.Duration, cause error) {
+			kind := source.ErrUnavailable
+			if errors.Is(cause, source.ErrRateLimited) {
+				kind = source.ErrRateLimited
+			}
+			got = append(got, call{what, wait >= time.Second, kind})
+		}
+	})
+	if _, err := readAll(t, src, weights); err != nil {
+		t.Fatal(err)
+	}
+	want := []call{{"hf://acme/tiny@main", true, source.ErrRateLimited}, {"hf://acme/tiny@main " + weights, false, source.ErrUnavailable}}
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(call{}), cmp.Comparer(func(a, b error) bool { return a == b })); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func TestMetadata(t *testing.T) {
 	hub := serve(t, hubtest.Options{})

@@ -106,6 +106,9 @@ func (r *reader) Read(p []byte) (int, error) {
 		if err == nil {
 			continue
 		}
+		if r.since == 0 {
+			r.s.forget(r.file.Path, r.body.url) // perhaps another link does better
+		}
 		if f := r.again(broken(r.ctx, err, r.body.url)); f != nil {
 			return 0, r.fail(f)
 		}
@@ -199,6 +202,9 @@ func (r *reader) connectOnce() *failure {
 	}
 	a, f := c.once(r.ctx, at, header, func(resp *http.Response) *failure { return checkLinked(resp, r.file) })
 	if f != nil {
+		if known {
+			r.s.forget(r.file.Path, at) // its host may be gone
+		}
 		return f
 	}
 	if f := r.accept(a, ranged, conditional); f != nil {

@@ -142,6 +142,45 @@ func TestControl(t *testing.T) {
 	}
 }
 
+func TestLiesAboutContent(t *testing.T) {
+	want := bytes.Repeat([]byte("0123456789"), 100)
+	hub := Start(t, Options{LFSThreshold: 1})
+	if _, err := hub.Repo("acme/tiny").Commit("main", File{Path: "a", Content: Bytes(want), ClaimSize: At(7), ClaimSHA256: "cafe"}); err != nil {
+		t.Fatal(err)
+	}
+	get := func(path string) string {
+		t.Helper()
+		resp, err := http.Get(hub.URL + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		b, _ := io.ReadAll(resp.Body) // cut short where the test wants it
+		return string(b)
+	}
+	if tree := get("/api/models/acme/tiny/tree/main"); !strings.Contains(tree, `"lfs":{"oid":"cafe","size":7,`) {
+		t.Errorf("the list does not lie: %s", tree)
+	}
+	hub.Inject(Fault{Kind: KindData, Flip: At(500), Times: 1})
+	got := []byte(get("/acme/tiny/resolve/main/a"))
+	var differ []int
+	for i := range got {
+		if got[i] != want[i] {
+			differ = append(differ, i)
+		}
+	}
+	if len(got) != len(want) || len(differ) != 1 || differ[0] != 500 {
+		t.Errorf("%d bytes, different at %v, want one at 500", len(got), differ)
+	}
+	hub.Inject(Fault{Kind: KindData, CutAfter: At(300), Times: 1})
+	if got := get("/acme/tiny/resolve/main/a"); got != string(want[:300]) {
+		t.Errorf("%d bytes came before the cut, want 300", len(got))
+	}
+	if got := get("/acme/tiny/resolve/main/a"); got != string(want) {
+		t.Errorf("after the faults, %d bytes", len(got))
+	}
+}
+
 func TestServeDir(t *testing.T) {
 	dir := t.TempDir()
 	model := filepath.Join(dir, "acme", "tiny", "sub")
