@@ -121,6 +121,8 @@ func (a *app) config() (config.Config, error) {
 }
 
 // store opens the store, once. It is made where there is none.
+//
+//nolint:contextcheck // making a store is short and not to be cut off
 func (a *app) store() (*store.Store, error) {
 	if a.st == nil {
 		c, err := a.config()

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -47,6 +48,7 @@ With --move the files are taken over: they are gone from PATH afterwards.
 			if err != nil {
 				return err
 			}
+			defer from.close()
 			m := a.meter(quiet)
 			defer m.Close()
 			for _, s := range from.skipped {
@@ -74,7 +76,11 @@ With --move the files are taken over: they are gone from PATH afterwards.
 type folder struct {
 	sources []named
 	skipped []directory.Skipped
+	open    io.Closer
 }
+
+// close lets go of the folder. It was only read by it: a failure tells nothing.
+func (f folder) close() { _ = f.open.Close() }
 
 type named struct {
 	src   source.Source
@@ -109,7 +115,7 @@ func (a *app) openFolder(args []string) (folder, error) {
 	if err != nil {
 		return folder{}, err
 	}
-	return folder{sources: []named{{src: src, what: ref.String()}}}, nil
+	return folder{sources: []named{{src: src, what: ref.String()}}, open: src}, nil
 }
 
 func openCache(path, name string) (folder, error) {
@@ -117,8 +123,9 @@ func openCache(path, name string) (folder, error) {
 	if err != nil {
 		return folder{}, err
 	}
-	out := folder{skipped: cache.Skipped}
+	out := folder{skipped: cache.Skipped, open: cache}
 	if len(cache.Sources) == 0 {
+		out.close()
 		e := &hintError{err: fmt.Errorf("%s: %w: no revision of a model that is whole", path, source.ErrNotFound)}
 		for _, s := range cache.Skipped {
 			e.err = fmt.Errorf("%w\n%s: %s", e.err, s.Path, s.Why)
@@ -126,21 +133,23 @@ func openCache(path, name string) (folder, error) {
 		return folder{}, e
 	}
 	if name != "" && len(cache.Sources) > 1 {
+		out.close()
 		return folder{}, &usageError{
 			err:  fmt.Errorf("%s is a Hugging Face cache of %s; one name cannot be given to all", path, plural(len(cache.Sources), "revision")),
 			hint: "leave the name out: each gets its own; larder tag names them later",
 		}
 	}
-	for _, src := range cache.Sources {
-		one := named{src: src}
-		if name != "" {
-			ref, err := nameFolder(path, name)
-			if err != nil {
-				return folder{}, err
-			}
-			one.names = []reference.Reference{ref}
+	var names []reference.Reference
+	if name != "" {
+		ref, err := nameFolder(path, name)
+		if err != nil {
+			out.close()
+			return folder{}, err
 		}
-		out.sources = append(out.sources, one)
+		names = append(names, ref)
+	}
+	for _, src := range cache.Sources {
+		out.sources = append(out.sources, named{src: src, names: names})
 	}
 	return out, nil
 }

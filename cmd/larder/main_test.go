@@ -176,11 +176,16 @@ func hubOf(ts *testscript.TestScript) *hubtest.Hub {
 	return h.(*hubtest.Hub)
 }
 
-// fault KIND STATUS [CODE] makes the hub answer so; "fault none" ends it.
+// fault KIND STATUS [CODE] makes the hub answer so, fault KIND stall begin an
+// answer that never goes on; "fault none" ends it.
 func injectFault(ts *testscript.TestScript, _ bool, args []string) {
 	h := hubOf(ts)
 	h.ClearFaults()
 	if args[0] == "none" {
+		return
+	}
+	if args[1] == "stall" {
+		h.Inject(hubtest.Fault{Kind: args[0], StallAfter: hubtest.At(1)})
 		return
 	}
 	status, err := strconv.Atoi(args[1])

@@ -51,19 +51,18 @@ const patience = 3 * time.Second
 // Examine looks at the host as the settings have it. It goes on after what is
 // bad, as far as that makes sense.
 func Examine(ctx context.Context, c config.Config) []Finding {
-	d := &doctor{ctx: ctx, c: c}
+	d := &doctor{c: c}
 	d.user()
 	if st := d.store(); st != nil {
-		d.state(st)
+		d.state(ctx, st)
 		d.space(st)
 	}
-	d.plugin()
-	d.engine()
+	d.plugin(ctx)
+	d.engine(ctx)
 	return d.out
 }
 
 type doctor struct {
-	ctx context.Context
 	c   config.Config
 	out []Finding
 }
@@ -91,6 +90,7 @@ func (d *doctor) from(key string) string {
 	return ""
 }
 
+//nolint:contextcheck // making a store is short and not to be cut off
 func (d *doctor) store() *store.Store {
 	st, err := store.Open(d.c.Store)
 	if err != nil {
@@ -124,8 +124,8 @@ func (d *doctor) store() *store.Store {
 	return st
 }
 
-func (d *doctor) state(st *store.Store) {
-	_, err := volume.Open(d.ctx, volume.Config{Store: st, State: d.c.State, Node: d.c.Node})
+func (d *doctor) state(ctx context.Context, st *store.Store) {
+	_, err := volume.Open(ctx, volume.Config{Store: st, State: d.c.State, Node: d.c.Node})
 	if err != nil {
 		advice := "name another folder with --state, or put this one right"
 		if errors.Is(err, fs.ErrPermission) {
@@ -140,7 +140,7 @@ func (d *doctor) state(st *store.Store) {
 		d.find("state", Better, "put both on one XFS or btrfs, so that the first write into a large file costs nothing",
 			"%s%s: not on the store's file system", d.c.State, d.from("state"))
 	}
-	caps, err := overlay.Probe(d.ctx, st.BlobsDir(), d.c.State)
+	caps, err := overlay.Probe(ctx, st.BlobsDir(), d.c.State)
 	if err != nil {
 		d.find("views", Bad, "without test mounts nothing can be said about this host; run it as root", "%v", err)
 		return
@@ -210,9 +210,9 @@ func (d *doctor) space(st *store.Store) {
 	d.find("space", v, advice, "%s of %s free", progress.Bytes(u.Free), progress.Bytes(u.Capacity))
 }
 
-func (d *doctor) plugin() {
+func (d *doctor) plugin(ctx context.Context) {
 	const start = "start it: systemctl enable --now larder-plugin.socket"
-	who, err := askPlugin(d.ctx, d.c.Socket)
+	who, err := askPlugin(ctx, d.c.Socket)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		d.find("plugin", Better, start, "nothing at %s: containers get no volumes here", d.c.Socket)
@@ -255,8 +255,8 @@ func askPlugin(ctx context.Context, socket string) (string, error) {
 	return strings.Join(answer.Implements, ", "), nil
 }
 
-func (d *doctor) engine() {
-	ctx, cancel := context.WithTimeout(d.ctx, patience)
+func (d *doctor) engine(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	e, err := usage.AskEngine(ctx, d.c.DockerHost)
 	if err != nil {
