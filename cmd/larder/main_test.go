@@ -22,6 +22,7 @@ import (
 	"github.com/larder-project/larder/internal/source/huggingface/hubtest"
 	"github.com/larder-project/larder/internal/store"
 	"github.com/larder-project/larder/internal/testenv"
+	"github.com/larder-project/larder/test/engine"
 )
 
 func TestMain(m *testing.M) {
@@ -32,6 +33,13 @@ func TestMain(m *testing.M) {
 // mount things.
 func TestScripts(t *testing.T)     { scripts(t, "testdata/script") }
 func TestRootScripts(t *testing.T) { testenv.NeedRoot(t); scripts(t, "testdata/root") }
+
+// Those of testdata/engine run containers of a real engine.
+func TestEngineScripts(t *testing.T) {
+	testenv.NeedRoot(t)
+	testenv.NeedPrograms(t, "dockerd", "docker", "busybox")
+	scripts(t, "testdata/engine")
+}
 
 func scripts(t *testing.T, dir string) {
 	testscript.Run(t, testscript.Params{
@@ -56,6 +64,7 @@ func scripts(t *testing.T, dir string) {
 			"fault":  injectFault,
 			"gated":  gateRepo,
 			"damage": damageFile,
+			"engine": startEngine,
 		},
 	})
 }
@@ -199,6 +208,25 @@ func injectFault(ts *testscript.TestScript, _ bool, args []string) {
 
 // gated ORG/NAME asks for access to a repository.
 func gateRepo(ts *testscript.TestScript, _ bool, args []string) { hubOf(ts).Repo(args[0]).Gated() }
+
+// engine starts a private Docker engine and sets DOCKER_HOST.
+func startEngine(ts *testscript.TestScript, _ bool, _ []string) {
+	kind, err := engine.Debian()
+	ts.Check(err)
+	dir, err := os.MkdirTemp("", "larder-cli-") // sockets have short names
+	ts.Check(err)
+	e, err := engine.New(kind, dir, engine.Options{})
+	ts.Check(err)
+	ts.Defer(func() {
+		if err := e.Close(); err != nil {
+			ts.Logf("engine: %v", err)
+		}
+		_ = os.RemoveAll(dir)
+	})
+	ts.Check(e.Start(context.Background()))
+	ts.Check(e.LoadImage(context.Background()))
+	ts.Setenv("DOCKER_HOST", e.Host())
+}
 
 // damage REFERENCE PATH flips a bit of a file in the store; damage REFERENCE
 // alone one of the manifest; damage -missing REFERENCE PATH removes the file.
