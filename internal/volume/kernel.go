@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -30,9 +31,10 @@ type kernelUse struct {
 	views  map[string]bool     // view folders mounted anywhere
 }
 
-// scanKernel reads the mount table of every mount namespace once. A table that
-// cannot be read is an error: what it shows would be taken for unused.
-func scanKernel(ctx context.Context, state string) (kernelUse, error) {
+// scanKernel reads the mount table of every mount namespace once, that of this
+// process only where withOwn says so: it can be long. A table that cannot be
+// read is an error: what it shows would be taken for unused.
+func scanKernel(ctx context.Context, state string, withOwn bool) (kernelUse, error) {
 	use := kernelUse{upper: map[string][]Holder{}, view: map[string][]Holder{}, device: map[string][]Holder{}, views: map[string]bool{}}
 	own, err := os.Readlink("/proc/self/ns/mnt")
 	if err != nil {
@@ -42,25 +44,19 @@ func scanKernel(ctx context.Context, state string) (kernelUse, error) {
 	if err != nil {
 		return use, fmt.Errorf("read mount tables: %w; is /proc mounted?", err)
 	}
-	read := func(pid int) ([]byte, error) {
-		data, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
-		if gone(err) {
-			return nil, nil
-		}
-		if err != nil {
-			return nil, fmt.Errorf("read mount tables: %w", err)
-		}
-		return data, nil
-	}
-	table, err := read(os.Getpid())
+	// Without CAP_SYS_PTRACE, or where a security module says no, the name of
+	// another's namespace is hidden, but not its table. Mount IDs are unique in
+	// the kernel, so the first one tells which namespace it is.
+	ownFirst, err := firstMountID(os.Getpid())
 	if err != nil {
 		return use, err
 	}
-	if err := use.add(table, state, os.Getpid(), true); err != nil {
-		return use, err
+	seen := map[string]bool{own: true, ownFirst: true}
+	if withOwn {
+		if _, err := use.read(state, os.Getpid(), true); err != nil {
+			return use, err
+		}
 	}
-	ownTable := table
-	seen := map[string]bool{own: true}
 	for _, p := range procs {
 		pid, err := strconv.Atoi(p.Name())
 		if err != nil {
@@ -70,50 +66,46 @@ func scanKernel(ctx context.Context, state string) (kernelUse, error) {
 			return use, err
 		}
 		ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", pid))
-		if gone(err) {
+		if errors.Is(err, fs.ErrPermission) {
+			ns, err = firstMountID(pid)
+		}
+		if gone(err) || err == nil && (ns == "" || seen[ns]) {
 			continue
 		}
-		hidden := errors.Is(err, fs.ErrPermission)
-		if err != nil && !hidden {
+		if err != nil {
 			return use, fmt.Errorf("read mount tables: %w", err)
 		}
-		if seen[ns] {
-			continue
-		}
-		table, err := read(pid)
-		if err != nil {
+		// A process that ends meanwhile does not speak for its namespace:
+		// another one may still be in it.
+		if seen[ns], err = use.read(state, pid, false); err != nil {
 			return use, err
 		}
-		if len(table) == 0 {
-			continue // it ended; another process may still show its namespace
-		}
-		// Without CAP_SYS_PTRACE, or where a security module says no, the name
-		// of another's namespace is hidden, but not its table. Mount IDs are
-		// unique in the kernel, so they tell which namespace it is.
-		if hidden {
-			id := firstMountID(table)
-			if ns = "first mount " + id; seen[ns] || hasMount(ownTable, id) {
-				continue
-			}
-		}
-		if err := use.add(table, state, pid, false); err != nil {
-			return use, err
-		}
-		seen[ns] = true
 	}
 	return use, nil
 }
 
-// firstMountID is the ID of the first mount in a table: the same for all
-// processes that share the namespace and the root folder.
-func firstMountID(table []byte) string {
-	id, _, _ := bytes.Cut(table, []byte(" "))
-	return string(id)
-}
-
-// hasMount tells whether a table has the mount with this ID.
-func hasMount(table []byte, id string) bool {
-	return bytes.HasPrefix(table, []byte(id+" ")) || bytes.Contains(table, []byte("\n"+id+" "))
+// firstMountID is the ID of the first mount in a process's table: the same for
+// all that share the namespace and the root folder. It is empty for a process
+// that has ended.
+func firstMountID(pid int) (string, error) {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/mountinfo", pid))
+	if gone(err) {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("read mount tables: %w", err)
+	}
+	defer f.Close()
+	head := make([]byte, 32)
+	n, err := f.Read(head)
+	if gone(err) || errors.Is(err, io.EOF) {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("read mount tables: %w", err)
+	}
+	id, _, _ := bytes.Cut(head[:n], []byte(" "))
+	return string(id), nil
 }
 
 // gone tells that a process ended while it was looked at. Zombies have no
@@ -122,16 +114,25 @@ func gone(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL)
 }
 
-func (u kernelUse) add(table []byte, state string, pid int, ours bool) error {
-	// Most lines of a table are of no interest; a quick look spares parsing.
-	if !bytes.Contains(table, []byte(" - overlay ")) && !ours {
-		return nil
+// read adds what the mount table of a process shows. It reports whether there
+// was one.
+func (u kernelUse) read(state string, pid int, ours bool) (bool, error) {
+	table, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
+	if gone(err) || err == nil && len(table) == 0 {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("read mount tables: %w", err)
+	}
+	// Most tables show none of our mounts; a quick look spares parsing them.
+	if !bytes.Contains(table, []byte("/views/")) {
+		return true, nil
 	}
 	mounts, err := mountinfo.GetMountsFromReader(bytes.NewReader(table), func(i *mountinfo.Info) (skip, stop bool) {
 		return i.FSType != "overlay", false
 	})
 	if err != nil {
-		return fmt.Errorf("read mount table of process %d: %w", pid, err)
+		return false, fmt.Errorf("read mount table of process %d: %w", pid, err)
 	}
 	views := filepath.Join(state, "views") + "/"
 	for _, m := range mounts {
@@ -151,7 +152,7 @@ func (u kernelUse) add(table []byte, state string, pid int, ours bool) error {
 			u.upper[upper] = append(u.upper[upper], h)
 		}
 	}
-	return nil
+	return true, nil
 }
 
 // overlayFolders gives the topmost lower layer and the upper layer from the

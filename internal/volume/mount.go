@@ -325,7 +325,7 @@ func (m *Manager) Unmount(ctx context.Context, name, id string) error {
 	}
 	mr.Refs--
 	if mr.Refs > 0 {
-		use, err := scanKernel(ctx, m.state)
+		use, err := scanKernel(ctx, m.state, false)
 		if err != nil {
 			return err
 		}
@@ -380,7 +380,7 @@ func (m *Manager) detach(ctx context.Context, mr mountRecord) error {
 		return err
 	}
 	if mr.Upper != "" && mr.Upper == m.runUpper(mr.Volume, mr.ID) {
-		use, err := scanKernel(ctx, m.state)
+		use, err := scanKernel(ctx, m.state, false)
 		if err != nil {
 			return err
 		}

@@ -74,7 +74,7 @@ const copyGrace = 3 * time.Second
 // namespace somebody made and in which nobody uses the volume.
 func (m *Manager) awaitUpper(ctx context.Context, mr mountRecord) error {
 	for deadline := time.Now().Add(copyGrace); ; {
-		use, err := scanKernel(ctx, m.state)
+		use, err := scanKernel(ctx, m.state, false)
 		if err != nil {
 			return err
 		}
@@ -145,7 +145,7 @@ func (m *Manager) reapVolume(ctx context.Context, name string) error {
 		return err
 	}
 	// Under the lock, so that no mount began after the tables were read.
-	use, err := scanKernel(ctx, m.state)
+	use, err := scanKernel(ctx, m.state, false)
 	if err != nil {
 		return err
 	}
@@ -184,7 +184,7 @@ func (m *Manager) reapVolume(ctx context.Context, name string) error {
 // left behind, and nothing that a mount table shows or a record names.
 func (m *Manager) Sweep(ctx context.Context) error {
 	var failed *multierror.Error
-	use, err := scanKernel(ctx, m.state)
+	use, err := scanKernel(ctx, m.state, true)
 	if err != nil {
 		return err
 	}
@@ -336,7 +336,7 @@ func (m *Manager) Remove(ctx context.Context, name string) error {
 	if err != nil {
 		return fmt.Errorf("remove volume %s: %w", name, err)
 	}
-	use, err := scanKernel(ctx, m.state)
+	use, err := scanKernel(ctx, m.state, false)
 	if err != nil {
 		return fmt.Errorf("remove volume %s: %w", name, err)
 	}
@@ -389,7 +389,7 @@ func (m *Manager) finishRemove(ctx context.Context, name string) error {
 		// Created anew meanwhile; the upper is the new volume's.
 		return ignoreAbsent(disk.Remove(removing))
 	}
-	use, err := scanKernel(ctx, m.state)
+	use, err := scanKernel(ctx, m.state, false)
 	if err != nil {
 		return err
 	}
@@ -476,7 +476,7 @@ func (m *Manager) usesOf(name string) ([]gc.Use, error) {
 // shownByKernel finds the versions of every view that is mounted anywhere,
 // records or not.
 func (m *Manager) shownByKernel(ctx context.Context) ([]gc.Use, error) {
-	use, err := scanKernel(ctx, m.state)
+	use, err := scanKernel(ctx, m.state, true)
 	if err != nil {
 		return nil, err
 	}
@@ -518,7 +518,7 @@ func (m *Manager) Mounts(ctx context.Context) ([]Mounted, error) {
 	if err != nil {
 		return nil, err
 	}
-	use, err := scanKernel(ctx, m.state)
+	use, err := scanKernel(ctx, m.state, false)
 	if err != nil {
 		return nil, err
 	}
