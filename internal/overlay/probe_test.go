@@ -111,12 +111,21 @@ func wantClean(t *testing.T, h *host) {
 			t.Errorf("in the state folder: %s", name)
 		}
 	}
+	wantNothingMounted(t, h)
+}
+
+// wantNothingMounted looks below the file system of the host only: other tests
+// run beside this one.
+func wantNothingMounted(t *testing.T, h *host) {
+	t.Helper()
 	b, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if strings.Contains(string(b), probeName) {
-		t.Errorf("still mounted:\n%s", b)
+	for line := range strings.Lines(string(b)) {
+		if strings.Contains(line, " "+h.state+"/") {
+			t.Errorf("still mounted: %s", line)
+		}
 	}
 }
 
