@@ -1,10 +1,15 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"io/fs"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"github.com/spf13/cobra"
 
 	"github.com/larder-project/larder/internal/progress"
@@ -14,7 +19,7 @@ import (
 type shown struct {
 	versionInfo
 	FileList []shownFile `json:"file_list"`
-	UsedBy   []string    `json:"used_by"`
+	UsedBy   []string    `json:"used_by"` // null where this user may not ask
 }
 
 type shownFile struct {
@@ -46,21 +51,10 @@ func (a *app) cmdShow() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			vols, err := a.volumes(cmd.Context())
-			if err != nil {
+			out := shown{versionInfo: describe(v, m), FileList: []shownFile{}}
+			out.UsedBy, err = a.usersOf(cmd.Context(), v.Digest)
+			if err != nil && !errors.Is(err, fs.ErrPermission) {
 				return err
-			}
-			uses, err := vols.Uses(cmd.Context())
-			if err != nil {
-				return err
-			}
-			out := shown{versionInfo: describe(v, m), UsedBy: []string{}, FileList: []shownFile{}}
-			seen := map[string]bool{}
-			for _, u := range uses {
-				if u.Version == v.Digest && !seen[u.By] {
-					seen[u.By] = true
-					out.UsedBy = append(out.UsedBy, u.By)
-				}
 			}
 			for _, f := range m.Files {
 				out.FileList = append(out.FileList, shownFile{f.Path, f.Size, f.Digest.String(), f.GitOID, st.BlobPath(f.Digest)})
@@ -71,6 +65,25 @@ func (a *app) cmdShow() *cobra.Command {
 			return a.printShown(out)
 		},
 	}
+}
+
+// usersOf tells who uses a version on this node. An ordinary user may not ask.
+func (a *app) usersOf(ctx context.Context, version digest.Digest) ([]string, error) {
+	vols, err := a.volumes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	uses, err := vols.Uses(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := []string{}
+	for _, u := range uses {
+		if u.Version == version && !slices.Contains(out, u.By) {
+			out = append(out, u.By)
+		}
+	}
+	return out, nil
 }
 
 func (a *app) printShown(v shown) error {
@@ -101,6 +114,9 @@ func (a *app) printShown(v shown) error {
 }
 
 func orNobody(names []string) string {
+	if names == nil {
+		return "not known: only root may ask"
+	}
 	if len(names) == 0 {
 		return "nobody on this node"
 	}

@@ -55,7 +55,13 @@ func scripts(t *testing.T, dir string) {
 			e.Setenv("LARDER_SOCKET", filepath.Join(e.WorkDir, "plugin.sock"))
 			e.Setenv("DOCKER_HOST", "unix://"+filepath.Join(e.WorkDir, "docker.sock"))
 			e.Setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-			return os.WriteFile(empty, nil, 0o600)
+			// Some scripts run commands as another user.
+			for _, dir := range []string{filepath.Dir(e.WorkDir), e.WorkDir} {
+				if err := os.Chmod(dir, 0o755); err != nil {
+					return err
+				}
+			}
+			return os.WriteFile(empty, nil, 0o644)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"exits":  exits,

@@ -117,9 +117,9 @@ func (d *doctor) store() *store.Store {
 	case err != nil:
 		d.find("store", Bad, "larder verify tells more", "%v", err)
 	case pending:
-		d.find("store", Better, "the next larder rm finishes it", "%s%s: %d versions; a removal was cut short", d.c.Store, d.from("store"), len(versions))
+		d.find("store", Better, "the next larder rm finishes it", "%s%s: versions: %d; a removal was cut short", d.c.Store, d.from("store"), len(versions))
 	default:
-		d.find("store", Good, "", "%s%s: %d versions", d.c.Store, d.from("store"), len(versions))
+		d.find("store", Good, "", "%s%s: versions: %d", d.c.Store, d.from("store"), len(versions))
 	}
 	return st
 }
@@ -216,6 +216,8 @@ func (d *doctor) plugin(ctx context.Context) {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		d.find("plugin", Better, start, "nothing at %s: containers get no volumes here", d.c.Socket)
+	case errors.Is(err, fs.ErrPermission):
+		d.find("plugin", Better, "run it as root", "%s: only root may ask it", d.c.Socket)
 	case err != nil:
 		d.find("plugin", Bad, start+"; journalctl -u larder-plugin says why it does not answer", "%s does not answer: %v", d.c.Socket, err)
 	default:
