@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 
 	"github.com/larder-project/larder/internal/source/huggingface/hubtest"
 	"github.com/larder-project/larder/internal/store"
@@ -260,7 +261,15 @@ func TestPowerCutAtEveryStep(t *testing.T) {
 				eachStep(t,
 					func(n int) *scene {
 						s := newScene(t, filepath.Join(disk.Dir, fmt.Sprint(n)), kind, files, hub)
-						syscall.Sync() // what was there before the attempt was there before the cut
+						// What was there before the attempt was durable before the cut.
+						d, err := os.Open(disk.Dir)
+						if err != nil {
+							t.Fatal(err)
+						}
+						defer d.Close()
+						if err := unix.Syncfs(int(d.Fd())); err != nil {
+							t.Fatal(err)
+						}
 						return s
 					},
 					func(t *testing.T, n int, s *scene) {

@@ -24,6 +24,7 @@ import (
 	"github.com/larder-project/larder/internal/reference"
 	"github.com/larder-project/larder/internal/source"
 	"github.com/larder-project/larder/internal/store"
+	"github.com/larder-project/larder/internal/testenv"
 )
 
 // TestMain makes files of some 100 KiB count as large ones, so that tests
@@ -33,7 +34,7 @@ func TestMain(m *testing.M) {
 	if code, ok := helper(); ok {
 		os.Exit(code)
 	}
-	os.Exit(m.Run())
+	os.Exit(testenv.PrivateMounts(m.Run))
 }
 
 // noise is n bytes that are always the same for a seed.
