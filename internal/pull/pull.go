@@ -94,29 +94,28 @@ func Run(ctx context.Context, st *store.Store, src source.Source, o Options) (re
 	defer func() {
 		err = errors.Join(err, r.closeMoved(), lease.Release())
 	}()
-	if res, was, err := r.resumeMove(ctx); was || err != nil {
-		if err != nil {
-			err = fmt.Errorf("%s: %w", title(snap), err)
-		}
-		return res, err
+	if res, was, err := r.resumeMove(ctx); err != nil {
+		return res, about(snap, err)
+	} else if was {
+		return res, nil
 	}
 	if r.items, err = plan(snap); err != nil {
-		return Result{}, fmt.Errorf("%s: %w", title(snap), err)
+		return Result{}, about(snap, err)
 	}
 	if err := r.lookUp(ctx); err != nil {
-		return Result{}, fmt.Errorf("%s: %w", title(snap), err)
+		return Result{}, about(snap, err)
 	}
 	o.Progress.Start(r.plan())
 	if err := r.fetch(ctx); err != nil {
-		return Result{}, fmt.Errorf("%s: %w", title(snap), err)
+		return Result{}, about(snap, err)
 	}
 	res = r.result()
 	if res.Version, res.Unchanged, err = r.published(ctx, res.Model); err != nil {
-		return Result{}, fmt.Errorf("%s: %w", title(snap), err)
+		return Result{}, about(snap, err)
 	}
 	if !res.Unchanged {
 		if res.Version, err = st.Publish(ctx, lease, res.Model, snap.References); err != nil {
-			return Result{}, fmt.Errorf("%s: %w", title(snap), err)
+			return Result{}, about(snap, err)
 		}
 	}
 	if o.Move {
@@ -125,6 +124,15 @@ func Run(ctx context.Context, st *store.Store, src source.Source, o Options) (re
 		}
 	}
 	return res, nil
+}
+
+// about says which model an error is about, unless its source has.
+func about(snap source.Snapshot, err error) error {
+	var said *source.Error
+	if errors.As(err, &said) {
+		return err
+	}
+	return fmt.Errorf("%s: %w", title(snap), err)
 }
 
 func title(snap source.Snapshot) string {
