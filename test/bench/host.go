@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -167,15 +166,6 @@ func used(dir string) (int64, error) {
 func dropCaches() error {
 	unix.Sync()
 	return os.WriteFile("/proc/sys/vm/drop_caches", []byte("3\n"), 0)
-}
-
-// cached is the size of the page cache, in bytes.
-func cached() (int64, error) {
-	kb, err := strconv.ParseInt(strings.TrimSuffix(line("/proc/meminfo", "Cached:"), " kB"), 10, 64)
-	if err != nil {
-		return 0, fmt.Errorf("read the size of the page cache: %w", err)
-	}
-	return kb * kib, nil
 }
 
 // resident is how much of a file the page cache holds, in bytes (mincore).

@@ -21,13 +21,17 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // sizes of one run. Bytes where nothing else is said.
@@ -91,12 +95,56 @@ func main() {
 			os.Exit(probe(os.Args[1:]))
 		case "hub":
 			os.Exit(serveHub(os.Args[2:]))
+		case "inside":
+			os.Args = append(os.Args[:1], os.Args[2:]...)
+			if err := run(); err != nil {
+				fmt.Fprintf(os.Stderr, "bench: %v\n", err)
+				os.Exit(1)
+			}
+			return
 		}
 	}
-	if err := run(); err != nil {
+	status, err := goInside(os.Args[1:])
+	if err != nil {
 		fmt.Fprintf(os.Stderr, "bench: %v\n", err)
 		os.Exit(1)
 	}
+	os.Exit(status)
+}
+
+// goInside runs this program again in a mount namespace of its own. Whatever
+// else makes namespaces on this machine meanwhile does not copy the run's
+// mounts and so hold them, and all of them go with the run.
+func goInside(args []string) (status int, err error) {
+	self, err := os.Executable()
+	if err != nil {
+		return 0, err
+	}
+	cmd := exec.Command(self, append([]string{"inside"}, args...)...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	if os.Geteuid() == 0 { // else run says what is wrong
+		cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGTERM}
+	}
+	// From a terminal the signal comes to both; the other cleans up, this one
+	// waits for it.
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	runtime.LockOSThread() // the parent-death signal is bound to this thread
+	if err := cmd.Start(); err != nil {
+		return 0, fmt.Errorf("start in a mount namespace: %w", err)
+	}
+	go func() {
+		for s := range signals {
+			if s == syscall.SIGTERM {
+				_ = cmd.Process.Signal(s)
+			}
+		}
+	}()
+	var exit *exec.ExitError
+	if err := cmd.Wait(); err != nil && !errors.As(err, &exit) {
+		return 0, err
+	}
+	return cmd.ProcessState.ExitCode(), nil
 }
 
 func run() error {
@@ -163,6 +211,11 @@ func chosen(only string) ([]int, error) {
 func (b *bench) run(ctx context.Context, dir string, parts []int) (err error) {
 	if os.Geteuid() != 0 {
 		return errors.New("it mounts file systems: run it as root")
+	}
+	// As on a host with systemd: what is unmounted here is unmounted in the
+	// namespaces of containers too, and not held by them.
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
+		return fmt.Errorf("share the mounts of this namespace: %w", err)
 	}
 	for _, program := range []string{"larder", "larder-plugin"} {
 		if _, err := os.Stat(filepath.Join(b.bin, program)); err != nil {

@@ -262,7 +262,7 @@ if [[ -n ${source_dir:-} ]]; then
 		fail "bert sees what anna wrote into config.json"
 fi
 [[ $(sha256sum <"$blob" | cut -d' ' -f1) == "${sum[anna]}" ]] || fail "a container changed the store"
-note "each wrote notes.txt, anna changed config.json and removed README.md:"
+note "anna wrote notes.txt, appended to config.json and removed README.md; bert wrote notes.txt:"
 note "neither sees the other's writes, and the store is as it was"
 
 step "The same model as a Hugging Face cache, as from_pretrained looks for it"
@@ -293,13 +293,13 @@ fi
 count=${#containers[@]}
 
 step "What it cost"
-printf '   %-46s %12s\n' \
+printf '   %-48s %10s\n' \
 	"the model" "$(mib "$size")" \
 	"disk used with Larder, $count containers" "$(mib "$used")" \
 	"disk used by a copy for each of the $count" "$(mib $((copy * count)))" \
 	"saved" "$(mib $((copy * count - used)))"
 if [[ -n $resident ]]; then
-	printf '   %-46s %12s\n' "page cache held by the weights, for all of them" "$(mib "$resident")"
+	printf '   %-48s %10s\n' "page cache held by the weights, for all of them" "$(mib "$resident")"
 fi
 note "${dim}(a copy in each container would be cached once a container)${plain}"
 (( used < copy * 2 )) || fail "Larder used as much as plain copies"
