@@ -104,6 +104,12 @@ func (a *app) printRemoved(res gc.Result, dryRun, now bool) error {
 	if res.Kept > 0 {
 		line += fmt.Sprintf("; %s stay, others need them", progress.Bytes(res.Kept))
 	}
-	_, err := fmt.Fprintln(a.out, line)
+	if _, err := fmt.Fprintln(a.out, line); err != nil {
+		return err
+	}
+	if dryRun || now || len(res.Blobs) == 0 {
+		return nil
+	}
+	_, err := fmt.Fprintf(a.out, "larder undo %s brings it back; larder trash empty frees the space\n", res.ID)
 	return err
 }

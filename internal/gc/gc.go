@@ -416,3 +416,32 @@ func Recover(ctx context.Context, st *store.Store) ([]store.Removal, error) {
 	}
 	return finished, nil
 }
+
+// Undo brings a removal back whole: its blobs, then its references. A name that
+// another version has by now is not taken away; the restored version then gets
+// one by its digest or commit.
+func Undo(ctx context.Context, st *store.Store, id string) (store.Removal, error) {
+	if _, err := Recover(ctx, st); err != nil {
+		return store.Removal{}, err
+	}
+	var out store.Removal
+	err := st.Exclusive(ctx, func(x *store.Exclusive) (err error) {
+		out, err = x.Restore(id)
+		return err
+	})
+	return out, err
+}
+
+// EmptyTrash deletes for good what was removed before the given time, and
+// returns those removals.
+func EmptyTrash(ctx context.Context, st *store.Store, before time.Time) ([]store.Removal, error) {
+	if _, err := Recover(ctx, st); err != nil {
+		return nil, err
+	}
+	var out []store.Removal
+	err := st.Exclusive(ctx, func(x *store.Exclusive) (err error) {
+		out, err = x.EmptyTrash(before)
+		return err
+	})
+	return out, err
+}

@@ -291,7 +291,6 @@ type Volume struct {
 	Created time.Time
 	Models  []ModelStatus // what a mount would show now; empty when Damaged
 	Mounts  []Mounted
-	Written int64  // bytes written that are kept with the volume
 	Damaged string // why the record cannot be read; empty as a rule
 	Missing string // why its models cannot be found; empty as a rule
 }
