@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 
 	"github.com/larder-project/larder/internal/modelpack"
 	"github.com/larder-project/larder/internal/testenv"
@@ -191,8 +192,8 @@ func used(t testing.TB, dir string) int64 {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	if _, _, errno := syscall.Syscall(306 /* syncfs */, d.Fd(), 0, 0); errno != 0 {
-		t.Fatal(errno)
+	if err := unix.Syncfs(int(d.Fd())); err != nil {
+		t.Fatal(err)
 	}
 	var st syscall.Statfs_t
 	if err := syscall.Statfs(dir, &st); err != nil {

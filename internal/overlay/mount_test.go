@@ -9,8 +9,10 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/larder-project/larder/internal/testenv"
@@ -369,8 +371,8 @@ func resident(t *testing.T, path string) int {
 	}
 	defer unix.Munmap(mem)
 	vec := make([]byte, (len(mem)+os.Getpagesize()-1)/os.Getpagesize())
-	if err := mincore(mem, vec); err != nil {
-		t.Fatal(err)
+	if _, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&mem[0])), uintptr(len(mem)), uintptr(unsafe.Pointer(&vec[0]))); errno != 0 {
+		t.Fatal(errno)
 	}
 	n := 0
 	for _, v := range vec {
@@ -498,4 +500,13 @@ func TestMountOfAViewThatIsNotThere(t *testing.T) {
 	if !errors.Is(err, unix.ENOENT) {
 		t.Errorf("error %v", err)
 	}
+}
+
+func fileNamed(m view.Model, name string) digest.Digest {
+	for _, f := range m.Pack.Files {
+		if f.Path == name {
+			return f.Digest
+		}
+	}
+	panic("no file " + name)
 }
