@@ -109,11 +109,20 @@ func (m *Manager) Reap(ctx context.Context) error {
 	if err := m.sweepRemoving(ctx); err != nil {
 		failed = multierror.Append(failed, err)
 	}
+	if len(names) == 0 {
+		return failed.ErrorOrNil()
+	}
+	// One look at the mount tables for all volumes: with thousands of
+	// containers it takes long.
+	look, err := scanKernel(ctx, m.state, false)
+	if err != nil {
+		return errors.Join(err, failed.ErrorOrNil())
+	}
 	for _, name := range names {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := m.reapVolume(ctx, name); err != nil {
+		if err := m.reapVolume(ctx, name, look); err != nil {
 			failed = multierror.Append(failed, fmt.Errorf("reap volume %s: %w", name, err))
 		}
 	}
@@ -134,7 +143,9 @@ func (m *Manager) mountedNames(boot string) ([]string, error) {
 	return names, nil
 }
 
-func (m *Manager) reapVolume(ctx context.Context, name string) error {
+// reapVolume notes what an earlier look shows to be in use. What seems to be
+// due is looked at again under the volume's lock, where no mount can begin.
+func (m *Manager) reapVolume(ctx context.Context, name string, look kernelUse) error {
 	unlock, err := m.lock(ctx, name)
 	if err != nil {
 		return err
@@ -144,40 +155,59 @@ func (m *Manager) reapVolume(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	// Under the lock, so that no mount began after the tables were read.
-	use, err := scanKernel(ctx, m.state, false)
-	if err != nil {
-		return err
-	}
 	now := bootSeconds()
-	for _, mr := range records {
-		used := len(use.holders(mr)) > 0
+	again := false
+	for i, mr := range records {
+		used := len(look.holders(mr)) > 0
+		if used && !mr.Leaving && !mr.Seen {
+			records[i].Seen = true
+			if err := m.writeMount(records[i]); err != nil {
+				return err
+			}
+		}
 		mounted, err := overlay.IsMounted(mr.Target)
 		if err != nil {
 			return err
 		}
-		switch {
-		case used && !mr.Leaving:
-			if !mr.Seen {
-				mr.Seen = true
-				err = m.writeMount(mr)
-			}
-		case used || mr.Manual && mounted:
-		case mr.Leaving, !mounted, mr.Seen && now-mr.Called > endGrace, now-mr.Called > startGrace:
-			if !mounted && !mr.Leaving && now-mr.Called <= endGrace {
-				break // Mount is repeating it, or did so just now in vain
-			}
-			if err = m.leave(ctx, mr); err == nil {
-				m.log.Info("took away a mount that nobody uses", "volume", name, "id", mr.ID, "leaving", mr.Leaving, "seen", mr.Seen)
-			} else if errors.Is(err, errHeld) {
-				err = nil
-			}
-		}
+		again = again || due(mr, used, mounted, now)
+	}
+	if !again {
+		return nil
+	}
+	use, err := scanKernel(ctx, m.state, false)
+	if err != nil {
+		return err
+	}
+	for _, mr := range records {
+		mounted, err := overlay.IsMounted(mr.Target)
 		if err != nil {
+			return err
+		}
+		if !due(mr, len(use.holders(mr)) > 0, mounted, now) {
+			continue
+		}
+		err = m.leave(ctx, mr)
+		if err == nil {
+			m.log.Info("took away a mount that nobody uses", "volume", name, "id", mr.ID, "leaving", mr.Leaving, "seen", mr.Seen)
+		} else if !errors.Is(err, errHeld) {
 			return err
 		}
 	}
 	return nil
+}
+
+// due tells that a mount is to be taken away: its last user has left, or it has
+// gone by itself, or no container has shown it for so long that none will.
+func due(mr mountRecord, used, mounted bool, now int64) bool {
+	switch {
+	case used, mr.Manual && mounted:
+		return false
+	case mr.Leaving:
+		return true
+	case !mounted:
+		return now-mr.Called > endGrace // Mount is repeating it, or did so just now in vain
+	}
+	return mr.Seen && now-mr.Called > endGrace || now-mr.Called > startGrace
 }
 
 // Sweep is done once at the start: it deletes what earlier boots and crashes
