@@ -55,7 +55,7 @@ func TestUnderAnOlderKernel(t *testing.T) {
 	out := filepath.Join(t.TempDir(), "out")
 	// Its memory is a file in the folder for temporary ones.
 	cmd := exec.CommandContext(t.Context(), "linux.uml", "mem=4G", "rootfstype=hostfs", "rw", "quiet", "con=null", "con0=null,fd:1",
-		"init="+self, underKernel+"="+out)
+		"init="+self, underKernel+"="+out, "uml_dir="+t.TempDir())
 	cmd.WaitDelay = 10 * time.Second
 	console, err := cmd.CombinedOutput()
 	got, readErr := os.ReadFile(out)
