@@ -53,7 +53,7 @@ test: setup build vet
 
 .PHONY: vet
 vet:
-	@unformatted=$$(git ls-files '*.go' | xargs -r gofmt -l); \
+	@unformatted=$$(gofmt -l cmd internal plugin test); \
 	if [ -n "$$unformatted" ]; then echo "gofmt these files:" $$unformatted; exit 1; fi
 	$(GO) vet ./...
 	$(GO) vet -tags faults ./...
