@@ -56,7 +56,7 @@ const (
 )
 
 var full = sizes{
-	Model: gib, Containers: 50, Own: mib, Reads: 11, Live: []int{20, 200, 2000}, Mounts: 400, Runs: 25,
+	Model: gib, Containers: 50, Own: mib, Reads: 11, Live: []int{20, 200, 2000}, Mounts: 400, Runs: 51,
 	Import: 4 * gib, Pull: 2 * gib, Rounds: 3, Changed: 64 * mib,
 }
 
