@@ -135,13 +135,13 @@ func (s *scene) recovers(t *testing.T) {
 			return // all was done; to move nothing once more is an error
 		}
 	}
-	if s.hub != nil {
+	if s.task.Hub != "" {
 		s.hub.ResetRequests()
 	}
 	s.task.do(t)
 	checkVersion(t, st, s.name(), s.files)
 	checkVersion(t, st, beforeName, beforeFiles())
-	if s.hub != nil && s.task.Hub != "" {
+	if s.task.Hub != "" {
 		for p, b := range s.files {
 			if have[digest.FromBytes(b).Encoded()] && s.hub.Sent(p) > 0 {
 				t.Errorf("%s was there, and was asked for again", p)
@@ -207,6 +207,7 @@ func TestKillAtEveryStep(t *testing.T) {
 	hub := serve(t, crashFiles())
 	for _, kind := range []string{"pull", "import", "move"} {
 		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
 			dir := testenv.LoopFS(t, "ext4", 128<<20).Dir
 			reached := 0
 			eachStep(t,
@@ -231,6 +232,7 @@ func TestFullDiskAtEveryStep(t *testing.T) {
 	hub := serve(t, crashFiles())
 	for _, kind := range []string{"pull", "import"} {
 		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
 			dir := t.TempDir()
 			eachStep(t,
 				func(n int) *scene { return newScene(t, filepath.Join(dir, fmt.Sprint(n)), kind, crashFiles(), hub) },
@@ -253,10 +255,11 @@ func TestFullDiskAtEveryStep(t *testing.T) {
 func TestPowerCutAtEveryStep(t *testing.T) {
 	files := crashFiles()
 	delete(files, "model-2.safetensors")
-	hub := serve(t, files)
 	for _, fstype := range []string{"ext4", "xfs"} {
 		for _, kind := range []string{"pull", "move"} {
 			t.Run(fstype+" "+kind, func(t *testing.T) {
+				t.Parallel()
+				hub := serve(t, files)
 				disk := testenv.LoopFS(t, fstype, 320<<20)
 				eachStep(t,
 					func(n int) *scene {

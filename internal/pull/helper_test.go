@@ -73,12 +73,16 @@ func runTask(text string) error {
 	return json.NewEncoder(os.Stdout).Encode(res)
 }
 
+// faultyDir holds faulty; TestMain removes it.
+var faultyDir string
+
 // faulty is this test program built with the tag "faults".
 var faulty = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "larder-pull-test-")
 	if err != nil {
 		return "", err
 	}
+	faultyDir = dir
 	path := filepath.Join(dir, "pull.test")
 	if out, err := exec.Command("go", "test", "-c", "-tags", "faults", "-o", path, ".").CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build with faults: %w\n%s", err, out)

@@ -198,11 +198,14 @@ func (r *run) fill(ctx context.Context, it *item, f *os.File, before fs.FileInfo
 	}
 	progress := func(n int64) { r.o.Progress.Bytes(it.want.Path, n) }
 	s := newSums(it.want.Size, it.wantsGit())
+	still := holdStill(f)
+	defer still.release()
 	if cloned, err := r.clone(it, f, to); err != nil {
 		return nil, 0, err
 	} else if cloned {
-		return s, Cloned, hashClone(ctx, it, f, before, to, s, progress)
+		return s, Cloned, errors.Join(hashClone(ctx, it, f, still, to, s, progress), unchanged(f, before, it))
 	}
+	still.release()
 	if err := r.roomForCopies(); err != nil {
 		return nil, 0, err
 	}
@@ -254,14 +257,9 @@ func (r *run) roomForCopies() error {
 
 // hashClone hashes what was cloned. The original's pages are often in memory
 // while the clone's never are; so the original is read where the kernel warrants
-// that nobody can write to it meanwhile, else the clone.
-func hashClone(ctx context.Context, it *item, f *os.File, before fs.FileInfo, to *disk.File, s *sums, progress func(int64)) error {
-	still := holdStill(f)
-	defer still.release()
+// that nobody has written to it since before it was cloned, else the clone.
+func hashClone(ctx context.Context, it *item, f *os.File, still *stillness, to *disk.File, s *sums, progress func(int64)) error {
 	if still.held() {
-		if err := unchanged(f, before, it); err != nil {
-			return err
-		}
 		err := hashFile(ctx, f, it.want.Size, s, func(n int64) error {
 			if !still.held() {
 				return errDisturbed

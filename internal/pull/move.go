@@ -249,6 +249,7 @@ func (r *run) resumeMove(ctx context.Context) (Result, bool, error) {
 		return Result{}, true, err
 	}
 	res := Result{Version: versions[at], Model: m, Unchanged: true}
+	r.o.Progress.Start(Plan{Source: m.Source, Revision: m.Revision, Reused: m.Size()})
 	known := map[string]modelpack.File{}
 	for _, f := range m.Files {
 		known[f.Path] = f

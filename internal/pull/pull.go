@@ -177,32 +177,45 @@ func (r *run) result() Result {
 }
 
 // published tells whether exactly this version already has all references.
+// The manifest of a large model is large itself, so it is made only where the
+// references are all there and name one version.
 func (r *run) published(ctx context.Context, m modelpack.Model) (store.Version, bool, error) {
+	none := store.Version{}
 	if slices.ContainsFunc(r.items, func(it *item) bool { return it.how != Reused }) {
-		return store.Version{}, false, nil
-	}
-	manifest, config, err := modelpack.Build(m)
-	if err != nil {
-		return store.Version{}, false, err
-	}
-	d := digest.FromBytes(manifest)
-	if err := r.lease.Hold(ctx, d, digest.FromBytes(config)); err != nil {
-		return store.Version{}, false, err
+		return none, false, nil
 	}
 	versions, err := r.st.Versions()
 	if err != nil {
-		return store.Version{}, false, err
+		return none, false, err
 	}
-	for _, v := range versions {
-		if v.Digest == d {
-			has := !slices.ContainsFunc(r.snap.References, func(ref reference.Reference) bool {
-				return !slices.Contains(v.References, ref.String())
-			})
-			if _, there, err := r.st.Stat(d); err != nil || !there {
-				return store.Version{}, false, err
-			}
-			return v, has, nil
-		}
+	at := slices.IndexFunc(versions, func(v store.Version) bool {
+		return !slices.ContainsFunc(r.snap.References, func(ref reference.Reference) bool {
+			return !slices.Contains(v.References, ref.String())
+		})
+	})
+	if at < 0 {
+		return none, false, nil
 	}
-	return store.Version{}, false, nil
+	manifest, config, err := modelpack.Build(m)
+	if err != nil {
+		return none, false, err
+	}
+	if digest.FromBytes(manifest) != versions[at].Digest {
+		return none, false, nil
+	}
+	// Held, then looked up again: it may just be removed.
+	if err := r.lease.Hold(ctx, versions[at].Digest, digest.FromBytes(config)); err != nil {
+		return none, false, err
+	}
+	if versions, err = r.st.Versions(); err != nil {
+		return none, false, err
+	}
+	at = slices.IndexFunc(versions, func(v store.Version) bool { return v.Digest == digest.FromBytes(manifest) })
+	if at < 0 || slices.ContainsFunc(r.snap.References, func(ref reference.Reference) bool {
+		return !slices.Contains(versions[at].References, ref.String())
+	}) {
+		return none, false, nil
+	}
+	_, there, err := r.st.Stat(versions[at].Digest)
+	return versions[at], there, err
 }

@@ -34,7 +34,10 @@ func TestMain(m *testing.M) {
 	if code, ok := helper(); ok {
 		os.Exit(code)
 	}
-	os.Exit(testenv.PrivateMounts(m.Run))
+	os.Exit(testenv.PrivateMounts(func() int {
+		defer func() { _ = os.RemoveAll(faultyDir) }()
+		return m.Run()
+	}))
 }
 
 // noise is n bytes that are always the same for a seed.

@@ -1,3 +1,0 @@
-package pull
-
-func helper() (int, bool) { return 0, false }
