@@ -31,6 +31,22 @@ func TestVerdict(t *testing.T) {
 			in:  []string{passA, outA, `{"Action":"skip","Package":"p","Test":"TestA"}`, endP},
 			err: "p TestA", printed: "why",
 		},
+		"a skip for want of a kernel's feature is let through, and named": {
+			in: []string{
+				passA,
+				`{"Action":"output","Package":"p","Test":"TestB","Output":"    a.go:7: this kernel has no quotas\n"}`,
+				`{"Action":"skip","Package":"p","Test":"TestB"}`, endP,
+			},
+			printed: "1 tests could not run: this kernel has no quotas",
+		},
+		"a skip that only mentions the kernel is refused": {
+			in: []string{
+				passA,
+				`{"Action":"output","Package":"p","Test":"TestB","Output":"    a.go:7: no root, and this kernel has no quotas\n"}`,
+				`{"Action":"skip","Package":"p","Test":"TestB"}`, endP,
+			},
+			err: "p TestB",
+		},
 		"a package without tests is no skip": {
 			in: []string{passA, `{"Action":"skip","Package":"q"}`, endP},
 		},
