@@ -50,9 +50,9 @@ setup: ## what the tests need of the machine: packages, a current Docker engine
 test: export LARDER_TEST_ALL = 1
 test: export GORACE = atexit_sleep_ms=0
 test: setup build vet
-	$(GO) run ./test/report -- $(GO) test -race -timeout $(TEST_TIMEOUT) -p $(TEST_JOBS) \
+	$(GO) run ./test/report -- $(GO) test -race -count=1 -timeout $(TEST_TIMEOUT) -p $(TEST_JOBS) \
 		$$($(GO) list ./... | grep -v '/larder/test/')
-	$(GO) run ./test/report -- $(GO) test -race -timeout $(TEST_TIMEOUT) -p 1 \
+	$(GO) run ./test/report -- $(GO) test -race -count=1 -timeout $(TEST_TIMEOUT) -p 1 \
 		$$($(GO) list ./... | grep '/larder/test/')
 
 .PHONY: vet
