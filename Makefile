@@ -25,6 +25,7 @@ MODEL ?=
 # processes of its own.
 TEST_JOBS    ?= 2
 TEST_TIMEOUT ?= 30m
+APART        := unshare --mount --propagation shared --
 
 .PHONY: build
 build: ## static programs in bin/
@@ -44,15 +45,19 @@ setup: ## what the tests need of the machine: packages, a current Docker engine
 #
 # The packages of internal/ come first and side by side; those of test/ start
 # engines and fill disks, and have the machine to themselves.
+# All in a mount namespace of its own, with shared mounts as systemd makes them:
+# elsewhere each container that starts would hold a copy of every mount of the
+# tests beside it, for the moment until it changes its root.
+#
 # Tests run themselves as processes that are killed at each step; with -race
 # each that ends by itself would sleep a second first (GORACE).
 .PHONY: test
 test: export LARDER_TEST_ALL = 1
 test: export GORACE = atexit_sleep_ms=0
 test: setup build vet
-	$(GO) run ./test/report -- $(GO) test -race -count=1 -timeout $(TEST_TIMEOUT) -p $(TEST_JOBS) \
+	$(APART) $(GO) run ./test/report -- $(GO) test -race -count=1 -timeout $(TEST_TIMEOUT) -p $(TEST_JOBS) \
 		$$($(GO) list ./... | grep -v '/larder/test/')
-	$(GO) run ./test/report -- $(GO) test -race -count=1 -timeout $(TEST_TIMEOUT) -p 1 \
+	$(APART) $(GO) run ./test/report -- $(GO) test -race -count=1 -timeout $(TEST_TIMEOUT) -p 1 \
 		$$($(GO) list ./... | grep '/larder/test/')
 
 .PHONY: vet

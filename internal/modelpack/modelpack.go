@@ -168,7 +168,7 @@ func Parse(manifest []byte) (Model, v1.Descriptor, error) {
 	var in v1.Manifest
 	dec := json.NewDecoder(bytes.NewReader(manifest))
 	if err := dec.Decode(&in); err != nil {
-		return Model{}, none, fmt.Errorf("%w: %v", ErrInvalid, err)
+		return Model{}, none, fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
 	if dec.More() {
 		return Model{}, none, fmt.Errorf("%w: text after the JSON object", ErrInvalid)

@@ -73,7 +73,7 @@ func parseIndex(data []byte) (v1.Index, error) {
 	var index v1.Index
 	dec := json.NewDecoder(bytes.NewReader(data))
 	if err := dec.Decode(&index); err != nil {
-		return v1.Index{}, fmt.Errorf("%w: not an OCI image index (%v); nothing was changed; restore the file from a backup, or move it away and run larder pull or import again", ErrDamaged, err)
+		return v1.Index{}, fmt.Errorf("%w: not an OCI image index (%w); nothing was changed; restore the file from a backup, or move it away and run larder pull or import again", ErrDamaged, err)
 	}
 	if dec.More() {
 		return v1.Index{}, fmt.Errorf("%w: text after the JSON object", ErrDamaged)

@@ -180,7 +180,7 @@ func (a *answer) Read(p []byte) (int, error) {
 	a.timer.Reset(a.idle)
 	n, err := a.body.Read(p)
 	a.timer.Stop()
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		err = a.cause(err)
 	}
 	return n, err

@@ -120,7 +120,7 @@ func broken(ctx context.Context, err error, at *url.URL) *failure {
 	if outer := ctx.Err(); outer != nil {
 		return &failure{err: outer}
 	}
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
 	return &failure{err: fmt.Errorf("%w: the connection broke off: %w", source.ErrUnavailable, err), retry: true, at: at}
@@ -147,7 +147,7 @@ func (r *reader) fail(f *failure) error {
 
 func (r *reader) drop() {
 	if r.body != nil {
-		r.body.Close()
+		_ = r.body.Close()
 		r.body = nil
 	}
 }
@@ -155,7 +155,7 @@ func (r *reader) drop() {
 // Close may be called at any time, but not during a Read.
 func (r *reader) Close() error {
 	r.drop()
-	if r.err == nil || r.err == io.EOF {
+	if r.err == nil || errors.Is(r.err, io.EOF) {
 		r.err = fmt.Errorf("read %s: %w", r.s.name(r.file.Path), errClosed)
 	}
 	return nil
@@ -208,7 +208,7 @@ func (r *reader) connectOnce() *failure {
 		return f
 	}
 	if f := r.accept(a, ranged, conditional); f != nil {
-		a.Close()
+		_ = a.Close()
 		if !c.isHub(a.url) {
 			// Whatever is wrong at the other host: the next attempt asks the
 			// hub for the way again, at once if the way was an old one.
@@ -261,7 +261,7 @@ func (r *reader) accept(a *answer, ranged, conditional bool) *failure {
 		}
 		// A server that knows no ranges: what comes before ours is dropped.
 		if n, err := io.CopyN(io.Discard, a, r.off); err != nil {
-			if err == io.EOF && a.ContentLength < 0 {
+			if errors.Is(err, io.EOF) && a.ContentLength < 0 {
 				return changed("the hub listed %d bytes and now has %d", size, n)
 			}
 			return broken(r.ctx, err, a.url)

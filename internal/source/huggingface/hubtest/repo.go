@@ -193,9 +193,6 @@ func (r *Repo) resolve(revision string) *commit {
 	return r.commits[revision]
 }
 
-// total counts the entries of the recursive list, without folders.
-func (c *commit) total() int { return len(c.files) + c.lazy }
-
 // at is the i-th entry.
 func (c *commit) at(i int) entry {
 	if i < len(c.files) {
