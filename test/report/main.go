@@ -112,9 +112,14 @@ func lacked(output []string) string {
 	return ""
 }
 
+// flush prints what a test said. Of one that said nothing but that it began
+// and waits its turn, there is nothing to print.
 func (r *report) flush(name string) {
-	for _, line := range r.output[name] {
-		fmt.Fprint(r.out, line)
+	said := slices.ContainsFunc(r.output[name], func(l string) bool { return !strings.HasPrefix(l, "=== ") })
+	if said {
+		for _, line := range r.output[name] {
+			fmt.Fprint(r.out, line)
+		}
 	}
 	delete(r.output, name)
 }
