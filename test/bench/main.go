@@ -3,7 +3,7 @@
 // figure are taken in the same run, interleaved where they are times, and each
 // figure stands beside the bar that it must meet.
 //
-//	go run ./test/bench              everything, a quarter of an hour, 20 GB of disk
+//	go run ./test/bench              everything, some ten minutes, 20 GB of disk
 //	go run ./test/bench -only 3,4    the reading and the mounting
 //	go run ./test/bench -quick       small sizes: does it run, not how fast
 //
