@@ -44,7 +44,8 @@ setup: ## what the tests need of the machine: packages, a current Docker engine
 # lines and refuses a run in which anything was skipped or nothing ran.
 #
 # The packages of internal/ come first and side by side; those of test/ start
-# engines and fill disks, and have the machine to themselves.
+# engines and fill disks, and have the machine to themselves; their tests mostly
+# wait for engines, so more of them run at a time than there are cores.
 # All in a mount namespace of its own, with shared mounts as systemd makes them:
 # elsewhere each container that starts would hold a copy of every mount of the
 # tests beside it, for the moment until it changes its root.
@@ -57,7 +58,7 @@ test: export GORACE = atexit_sleep_ms=0
 test: setup build vet
 	$(APART) $(GO) run ./test/report -- $(GO) test -race -count=1 -timeout $(TEST_TIMEOUT) -p $(TEST_JOBS) \
 		$$($(GO) list ./... | grep -v '/larder/test/')
-	$(APART) $(GO) run ./test/report -- $(GO) test -race -count=1 -timeout $(TEST_TIMEOUT) -p 1 \
+	$(APART) $(GO) run ./test/report -- $(GO) test -race -count=1 -timeout $(TEST_TIMEOUT) -p 1 -parallel 4 \
 		$$($(GO) list ./... | grep '/larder/test/')
 
 .PHONY: vet
