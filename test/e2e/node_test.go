@@ -106,8 +106,25 @@ func (n *node) logState() {
 		out := n.plugin.output()
 		n.t.Logf("the plugin's last words:\n%s", out[max(0, len(out)-6000):])
 	}
-	for _, m := range n.mounts() {
+	for i, m := range n.mounts() {
+		if i == 5 {
+			break
+		}
 		n.t.Logf("mounted: %s (%s) %s", m.Mountpoint, m.FSType, m.VFSOptions)
+	}
+	// Who else shows our mounts, one process of each mount namespace.
+	seen := map[string]bool{}
+	tables, _ := filepath.Glob("/proc/[0-9]*/mountinfo")
+	for _, table := range tables {
+		dir := filepath.Dir(table)
+		ns, _ := os.Readlink(filepath.Join(dir, "ns", "mnt"))
+		data, err := os.ReadFile(table)
+		if err != nil || seen[ns] || !bytes.Contains(data, []byte(n.root)) {
+			continue
+		}
+		seen[ns] = true
+		cmdline, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
+		n.t.Logf("shown in %s by process %s: %q", ns, filepath.Base(dir), cmdline)
 	}
 }
 
@@ -368,7 +385,7 @@ func (n *node) sh(container, script string) string {
 // shFails runs a script that must fail, and returns what it printed.
 func (n *node) shFails(container, script string) string {
 	n.t.Helper()
-	out, err := n.e.Docker(n.t.Context(), "exec", container, "sh", "-c", script+" 2>&1")
+	out, err := n.e.Docker(n.t.Context(), "exec", container, "sh", "-c", "exec 2>&1; "+script)
 	if err == nil {
 		n.t.Errorf("in the container %q succeeded (%q), want a failure", script, out)
 	}

@@ -209,7 +209,7 @@ func TestMountThatFailsIsRolledBack(t *testing.T) {
 		good := read(t, manifest)
 		ok(t, os.Remove(manifest))
 		c := n.docker("create", "--network", "none", "--label", n.label, "-v", v+":/models", engine.Image, "cat", "/models/config.json")
-		n.refused([]string{"tiny"}, "start", "-a", c)
+		n.refused([]string{v, "not in the store"}, "start", "-a", c)
 		if err := n.nothingMounted(); err != nil {
 			t.Error(err)
 		}
