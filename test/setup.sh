@@ -33,6 +33,7 @@ packages=(
 )
 if [ "$what" = all ]; then
 	packages+=(gcc libc6-dev pkg-config libseccomp-dev) # -race, runc
+	packages+=(user-mode-linux)                         # an older kernel: internal/overlay
 fi
 
 say() { printf 'setup: %s\n' "$*"; }

@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 	if out := os.Getenv(underKernel); out != "" && os.Getpid() == 1 {
 		firstProcess(out)
 	}
-	os.Exit(m.Run())
+	os.Exit(testenv.PrivateMounts(m.Run))
 }
 
 func TestUnderAnOlderKernel(t *testing.T) {

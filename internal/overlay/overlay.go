@@ -3,11 +3,11 @@
 // containers write.
 //
 // It knows what the kernel at hand can do (Probe), how to lay a view over the
-// blobs (Mount), how to bound what is written (NewUpper), and who holds a
-// mount (Users, OpenFiles). It keeps no state of its own: which mount belongs
-// to which volume is package volume's to know. Nothing here reads a table of
-// all mounts but Users and OpenFiles, so that a mount costs the same with two
-// thousand others live.
+// blobs (Mount), how to bound what is written (NewUpper), and which
+// processes keep a mount busy (OpenFiles). It keeps no state of its own: which
+// mount belongs to which volume is package volume's to know. Nothing here reads
+// a table of all mounts, so that a mount costs the same with two thousand
+// others live.
 package overlay
 
 import (

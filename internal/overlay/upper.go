@@ -199,7 +199,7 @@ func makeFolders(u Upper, viewDir string) error {
 // its mount, loop device or project id. It can be repeated after a crash at
 // any step, and on a folder that is gone.
 //
-// Nothing may use the upper any more, and the caller must know that (Users):
+// Nothing may use the upper any more, and the caller must know that:
 // an overlay holds the file system of its upper, but not its mount, so the
 // kernel does not say EBUSY for an overlay that is still mounted, only for a
 // process that has files of the upper itself open (ErrBusy).

@@ -24,10 +24,10 @@ func TestLinesTellPlanRateAndWaits(t *testing.T) {
 		m.Start(Plan{What: "hf://a/b@main", Files: 3, Bytes: 300 << 20, HaveFiles: 1, HaveBytes: 100 << 20})
 		m.Open("w", 200<<20, 50<<20)
 		for range 10 {
-			time.Sleep(time.Second / 2)
+			time.Sleep(490 * time.Millisecond) // none of them at the very moment of the line
 			m.Add("w", 5<<20)
 		}
-		time.Sleep(100 * time.Millisecond)
+		time.Sleep(200 * time.Millisecond)
 		synctest.Wait()
 		m.Wait("the hub asks to wait", 90*time.Second)
 		m.Add("w", 100<<20)

@@ -12,6 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// namespaceVariable is "new" for the process that finds itself in a namespace
+// of the tests' own, and "set up" for those that it starts there.
 const namespaceVariable = "LARDER_TEST_MOUNTS"
 
 // PrivateMounts runs a package's tests in a mount namespace of their own, and
@@ -26,8 +28,11 @@ func PrivateMounts(tests func() int) int {
 	if os.Geteuid() != 0 {
 		return tests()
 	}
-	if os.Getenv(namespaceVariable) != "" {
-		if err := keepApart(); err != nil {
+	switch os.Getenv(namespaceVariable) {
+	case "set up":
+		return tests()
+	case "new":
+		if err := errors.Join(keepApart(), os.Setenv(namespaceVariable, "set up")); err != nil {
 			fmt.Fprintln(os.Stderr, "mounts of the tests' own:", err)
 			return 1
 		}
@@ -39,7 +44,7 @@ func PrivateMounts(tests func() int) int {
 	}
 	runtime.LockOSThread() // the child is to die with this thread
 	cmd := exec.Command(self, os.Args[1:]...)
-	cmd.Env = append(os.Environ(), namespaceVariable+"=1")
+	cmd.Env = append(os.Environ(), namespaceVariable+"=new")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
@@ -57,11 +62,11 @@ func PrivateMounts(tests func() int) int {
 	}
 }
 
-// keepApart ends the way of mounts out of this namespace, and lets go of the
-// copies of other tests' mounts that came with it, for whom they would be the
-// same nuisance.
+// keepApart ends the way of mounts out of this namespace and into it, and lets
+// go of the copies of other tests' mounts that came with it, for whom they
+// would be the same nuisance.
 func keepApart() error {
-	if err := unix.Mount("", "/", "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil {
+	if err := unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""); err != nil {
 		return err
 	}
 	table, err := os.ReadFile("/proc/self/mountinfo")

@@ -1,19 +1,16 @@
 package volume
 
 import (
-	"bytes"
 	"context"
-	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
+
+	"github.com/larder-project/larder/internal/mounttable"
 )
 
 // Holder is a mount namespace, other than this process's own, that shows one
@@ -36,158 +33,94 @@ type kernelUse struct {
 // read is an error: what it shows would be taken for unused.
 func scanKernel(ctx context.Context, state string, withOwn bool) (kernelUse, error) {
 	use := kernelUse{upper: map[string][]Holder{}, view: map[string][]Holder{}, device: map[string][]Holder{}, views: map[string]bool{}}
-	own, err := os.Readlink("/proc/self/ns/mnt")
-	if err != nil {
-		return use, fmt.Errorf("read mount tables: %w; is /proc mounted?", err)
-	}
-	procs, err := os.ReadDir("/proc")
-	if err != nil {
-		return use, fmt.Errorf("read mount tables: %w; is /proc mounted?", err)
-	}
-	// Without CAP_SYS_PTRACE, or where a security module says no, the name of
-	// another's namespace is hidden, but not its table. Mount IDs are unique in
-	// the kernel, so the first one tells which namespace it is.
-	ownFirst, err := firstMountID(os.Getpid())
+	views := filepath.Join(state, "views") + "/"
+	spaces, err := mounttable.Read(ctx, mounttable.Query{
+		SkipOwn:  !withOwn,
+		Contains: "/views/",
+		Want: func(i *mountinfo.Info) bool {
+			if i.FSType != "overlay" {
+				return false
+			}
+			view, _ := overlayFolders(i.VFSOptions)
+			return strings.HasPrefix(view, views)
+		},
+	})
 	if err != nil {
 		return use, err
 	}
-	seen := map[string]bool{own: true, ownFirst: true}
-	if withOwn {
-		if _, err := use.read(state, os.Getpid(), true); err != nil {
-			return use, err
-		}
-	}
-	for _, p := range procs {
-		pid, err := strconv.Atoi(p.Name())
-		if err != nil {
-			continue
-		}
-		if err := ctx.Err(); err != nil {
-			return use, err
-		}
-		ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", pid))
-		if errors.Is(err, fs.ErrPermission) {
-			ns, err = firstMountID(pid)
-		}
-		if gone(err) || err == nil && (ns == "" || seen[ns]) {
-			continue
-		}
-		if err != nil {
-			return use, fmt.Errorf("read mount tables: %w", err)
-		}
-		// A process that ends meanwhile does not speak for its namespace:
-		// another one may still be in it.
-		if seen[ns], err = use.read(state, pid, false); err != nil {
-			return use, err
+	for _, ns := range spaces {
+		for _, m := range ns.Mounts {
+			view, upper := overlayFolders(m.VFSOptions)
+			use.views[view] = true
+			if ns.Own {
+				continue
+			}
+			h := Holder{PID: ns.PIDs[0], Mountpoint: m.Mountpoint}
+			dev := fmt.Sprintf("%d:%d", m.Major, m.Minor)
+			use.device[dev] = append(use.device[dev], h)
+			use.view[view] = append(use.view[view], h)
+			if upper != "" {
+				use.upper[upper] = append(use.upper[upper], h)
+			}
 		}
 	}
 	return use, nil
 }
 
-// firstMountID is the ID of the first mount in a process's table: the same for
-// all that share the namespace and the root folder. It is empty for a process
-// that has ended.
-func firstMountID(pid int) (string, error) {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/mountinfo", pid))
-	if gone(err) {
-		return "", nil
-	}
-	if err != nil {
-		return "", fmt.Errorf("read mount tables: %w", err)
-	}
-	defer f.Close()
-	head := make([]byte, 32)
-	n, err := f.Read(head)
-	if gone(err) || errors.Is(err, io.EOF) {
-		return "", nil
-	}
-	if err != nil {
-		return "", fmt.Errorf("read mount tables: %w", err)
-	}
-	id, _, _ := bytes.Cut(head[:n], []byte(" "))
-	return string(id), nil
-}
-
-// gone tells that a process ended while it was looked at. Zombies have no
-// namespace left: their links read as ENOENT, and mountinfo as EINVAL.
-func gone(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL)
-}
-
-// read adds what the mount table of a process shows. It reports whether there
-// was one.
-func (u kernelUse) read(state string, pid int, ours bool) (bool, error) {
-	table, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
-	if gone(err) || err == nil && len(table) == 0 {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("read mount tables: %w", err)
-	}
-	// Most tables show none of our mounts; a quick look spares parsing them.
-	if !bytes.Contains(table, []byte("/views/")) {
-		return true, nil
-	}
-	mounts, err := mountinfo.GetMountsFromReader(bytes.NewReader(table), func(i *mountinfo.Info) (skip, stop bool) {
-		return i.FSType != "overlay", false
-	})
-	if err != nil {
-		return false, fmt.Errorf("read mount table of process %d: %w", pid, err)
-	}
-	views := filepath.Join(state, "views") + "/"
-	for _, m := range mounts {
-		view, upper := overlayFolders(m.VFSOptions)
-		if !strings.HasPrefix(view, views) {
-			continue
-		}
-		u.views[view] = true
-		if ours {
-			continue
-		}
-		h := Holder{PID: pid, Mountpoint: m.Mountpoint}
-		dev := fmt.Sprintf("%d:%d", m.Major, m.Minor)
-		u.device[dev] = append(u.device[dev], h)
-		u.view[view] = append(u.view[view], h)
-		if upper != "" {
-			u.upper[upper] = append(u.upper[upper], h)
-		}
-	}
-	return true, nil
-}
-
 // overlayFolders gives the topmost lower layer and the upper layer from the
-// super options of an overlay mount. The kernel shows the options as they were
-// given, with ':' ',' and '\' in a path escaped by a backslash.
+// super options of an overlay mount, as a mount table shows them: the options
+// as they were given, in which ':' ',' and '\' of a path are escaped by a
+// backslash, and then all of what would disturb the table (commas, spaces and
+// that backslash among it) as octal numbers.
 func overlayFolders(options string) (view, upper string) {
-	for _, opt := range splitEscaped(options, ',') {
+	for opt := range strings.SplitSeq(options, ",") {
 		key, value, _ := strings.Cut(opt, "=")
 		switch key {
 		case "lowerdir":
-			view = unescape(splitEscaped(value, ':')[0])
+			view = unescape(firstLayer(fromOctal(value)))
 		case "lowerdir+":
 			if view == "" {
-				view = unescape(value)
+				view = unescape(fromOctal(value))
 			}
 		case "upperdir":
-			upper = unescape(value)
+			upper = unescape(fromOctal(value))
 		}
 	}
 	return view, upper
 }
 
-func splitEscaped(s string, sep byte) []string {
-	var out []string
-	start := 0
+// fromOctal undoes the mount table's own escapes: \040 is a space.
+func fromOctal(s string) string {
+	if !strings.Contains(s, `\`) {
+		return s
+	}
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) && isOctal(s[i+1:i+4]) {
+			b.WriteByte((s[i+1]-'0')<<6 | (s[i+2]-'0')<<3 | (s[i+3] - '0'))
+			i += 3
+			continue
+		}
+		b.WriteByte(s[i])
+	}
+	return b.String()
+}
+
+func isOctal(s string) bool {
+	return s[0] >= '0' && s[0] <= '3' && s[1] >= '0' && s[1] <= '7' && s[2] >= '0' && s[2] <= '7'
+}
+
+// firstLayer is what stands before the first colon that separates layers.
+func firstLayer(s string) string {
 	for i := 0; i < len(s); i++ {
 		switch s[i] {
 		case '\\':
 			i++
-		case sep:
-			out = append(out, s[start:i])
-			start = i + 1
+		case ':':
+			return s[:i]
 		}
 	}
-	return append(out, s[start:])
+	return s
 }
 
 func unescape(s string) string {

@@ -1,7 +1,6 @@
 package volume
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -15,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/larder-project/larder/internal/gc"
@@ -35,7 +35,8 @@ type node struct {
 func newNode(t *testing.T) *node {
 	t.Helper()
 	testenv.NeedRoot(t)
-	n := &node{t: t, root: t.TempDir()}
+	// A path with all that mount options and mount tables escape.
+	n := &node{t: t, root: filepath.Join(t.TempDir(), `a b,c:d=e\f`)}
 	n.reopen("")
 	n.publish("m:1", "one")
 	t.Cleanup(n.unmountAll)
@@ -84,15 +85,13 @@ func (n *node) publish(name, content string) store.Version {
 
 // mounts lists the mounts below the test's folder.
 func (n *node) mounts() []string {
-	data, err := os.ReadFile("/proc/self/mountinfo")
+	infos, err := mountinfo.GetMounts(mountinfo.PrefixFilter(n.root))
 	if err != nil {
 		n.t.Fatal(err)
 	}
 	var out []string
-	for line := range bytes.Lines(data) {
-		if f := strings.Fields(string(line)); strings.HasPrefix(f[4], n.root) {
-			out = append(out, f[4])
-		}
+	for _, i := range infos {
+		out = append(out, i.Mountpoint)
 	}
 	return out
 }

@@ -1,0 +1,319 @@
+// Package mounttable reads what is mounted in every mount namespace of this
+// host, from /proc.
+//
+// It is the kernel's own account of who sees a file system: it catches bind
+// copies in containers of which every engine and every record has forgotten.
+// It sees the processes of the caller's PID namespace and those below it, so
+// it must run in that of the engines or above.
+package mounttable
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+// Proc is where the kernel shows processes.
+const Proc = "/proc"
+
+// Namespace is a mount namespace that shows wanted mounts.
+type Namespace struct {
+	// ID is the inode number of the namespace, 0 where the kernel does not
+	// tell it for want of the right to trace its processes.
+	ID     uint64
+	Own    bool  // it is the caller's
+	PIDs   []int // processes in it, at least one
+	Mounts []*mountinfo.Info
+}
+
+// Query says what to look for.
+type Query struct {
+	Proc    string // empty: Proc
+	SkipOwn bool   // pass over the caller's own namespace, whose table can be long
+	// Contains is a text that the table of a namespace must contain to be
+	// parsed at all: most show none of the wanted mounts.
+	Contains string
+	// Want picks mounts. It may be called from a table that turns out to be
+	// that of a process which has ended.
+	Want func(*mountinfo.Info) bool
+}
+
+// Read gives the namespaces that show wanted mounts. All of /proc is read once,
+// and the mount table once for each namespace.
+//
+// A /proc that cannot be read is an error, and so is a process whose mounts
+// cannot be read: never "no users". Processes that end meanwhile are none. A
+// namespace that is made while Read runs may be missed; a caller that acts on
+// "no users" must keep new ones from being made, as by unmounting its own mount
+// first.
+func Read(ctx context.Context, q Query) ([]Namespace, error) {
+	if q.Proc == "" {
+		q.Proc = Proc
+	}
+	out, err := read(ctx, q)
+	if err != nil {
+		return nil, fmt.Errorf("read mount tables: %w", err)
+	}
+	return out, nil
+}
+
+func read(ctx context.Context, q Query) ([]Namespace, error) {
+	s := scan{q: q, spaces: make(map[string]*namespace)}
+	own, err := os.Readlink(filepath.Join(q.Proc, "thread-self/ns/mnt"))
+	if err != nil {
+		return nil, fmt.Errorf("%w; is /proc mounted?", err)
+	}
+	if q.SkipOwn {
+		// It is known without reading it. Its first mount tells it from
+		// others where the names of namespaces are hidden.
+		ns := &namespace{whole: true, skip: true}
+		s.spaces[own] = ns
+		if s.ownFirst, err = firstMount(filepath.Join(q.Proc, "thread-self")); err != nil {
+			return nil, err
+		}
+	}
+	pids, err := Processes(q.Proc)
+	if err != nil {
+		return nil, err
+	}
+	for _, pid := range pids {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		if err := s.process(pid); err != nil {
+			return nil, fmt.Errorf("process %d: %w", pid, err)
+		}
+	}
+	return s.result(own)
+}
+
+type scan struct {
+	q         Query
+	spaces    map[string]*namespace // by the text of the link in /proc
+	strangers []*namespace          // of processes whose link cannot be read
+	ownFirst  string
+}
+
+// namespace is what was seen of one. A mount's number is its own in all the
+// kernel: the same mount seen from another namespace would have another.
+type namespace struct {
+	pids   []int
+	mounts map[int]*mountinfo.Info
+	// whole: the mounts were read through a process that sees all of them. A
+	// process that has changed its root sees only those below it.
+	whole bool
+	skip  bool // the caller's own, which is not wanted
+}
+
+// process notes the namespaces of a process. Its threads are asked one by one:
+// a thread may have a mount namespace of its own, and engines written in Go
+// make use of that.
+func (s *scan) process(pid int) error {
+	tasks := filepath.Join(s.q.Proc, strconv.Itoa(pid), "task")
+	d, err := os.Open(tasks)
+	if err != nil {
+		return ignoreGone(err)
+	}
+	defer d.Close()
+	names, err := d.Readdirnames(-1)
+	if err != nil {
+		return ignoreGone(err)
+	}
+	for _, tid := range names {
+		if err := s.task(filepath.Join(tasks, tid), pid); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *scan) task(task string, pid int) error {
+	link, err := os.Readlink(filepath.Join(task, "ns/mnt"))
+	if errors.Is(err, fs.ErrPermission) {
+		return s.stranger(task, pid)
+	}
+	if err != nil {
+		return ignoreGone(err)
+	}
+	ns := s.spaces[link]
+	if ns == nil {
+		ns = &namespace{mounts: make(map[int]*mountinfo.Info)}
+		s.spaces[link] = ns
+	}
+	if n := len(ns.pids); n == 0 || ns.pids[n-1] != pid {
+		ns.pids = append(ns.pids, pid)
+	}
+	if ns.whole {
+		return nil
+	}
+	root, _ := os.Readlink(filepath.Join(task, "root"))
+	mounts, ok, err := s.table(task)
+	if err != nil || !ok {
+		// The next process of this namespace is asked. If there is none, the
+		// namespace has ended.
+		return err
+	}
+	// A thread that ended after the first look, and whose number was given out
+	// again, would have shown the mounts of another namespace.
+	if now, err := os.Readlink(filepath.Join(task, "ns/mnt")); err != nil || now != link {
+		return nil
+	}
+	maps.Copy(ns.mounts, mounts)
+	ns.whole = root == "/"
+	return nil
+}
+
+// stranger notes a task whose namespace is hidden: without CAP_SYS_PTRACE, or
+// where a security module says no. Its mounts can be read all the same.
+func (s *scan) stranger(task string, pid int) error {
+	if s.ownFirst != "" {
+		first, err := firstMount(task)
+		if err != nil || first == "" || first == s.ownFirst {
+			return err
+		}
+	}
+	mounts, ok, err := s.table(task)
+	if err != nil || !ok {
+		return err
+	}
+	s.strangers = append(s.strangers, &namespace{pids: []int{pid}, mounts: mounts})
+	return nil
+}
+
+// firstMount is the number of the first mount in a task's table: the same for
+// all that share the namespace and the root folder. It is empty for a task that
+// has ended.
+func firstMount(task string) (string, error) {
+	f, err := os.Open(filepath.Join(task, "mountinfo"))
+	if err != nil {
+		return "", ignoreGone(err)
+	}
+	defer f.Close()
+	head := make([]byte, 32)
+	n, err := f.Read(head)
+	if n == 0 {
+		return "", nil // it has ended, or is a zombie
+	}
+	if err != nil {
+		return "", ignoreGone(err)
+	}
+	id, _, _ := bytes.Cut(head[:n], []byte(" "))
+	return string(id), nil
+}
+
+// table gives the wanted mounts that a task sees. ok is false where the task
+// has ended.
+func (s *scan) table(task string) (mounts map[int]*mountinfo.Info, ok bool, err error) {
+	text, err := os.ReadFile(filepath.Join(task, "mountinfo"))
+	if err != nil {
+		return nil, false, ignoreGone(err)
+	}
+	if len(text) == 0 {
+		return nil, false, nil
+	}
+	mounts = make(map[int]*mountinfo.Info)
+	if s.q.Contains != "" && !bytes.Contains(text, []byte(s.q.Contains)) {
+		return mounts, true, nil
+	}
+	infos, err := mountinfo.GetMountsFromReader(bytes.NewReader(text), func(i *mountinfo.Info) (skip, stop bool) {
+		return !s.q.Want(i), false
+	})
+	if err != nil {
+		return nil, false, err
+	}
+	for _, i := range infos {
+		mounts[i.ID] = i
+	}
+	return mounts, true, nil
+}
+
+func (s *scan) result(own string) ([]Namespace, error) {
+	var out []Namespace
+	report := func(id uint64, own bool, ns *namespace) {
+		if len(ns.mounts) == 0 || ns.skip {
+			return
+		}
+		n := Namespace{ID: id, Own: own, PIDs: ns.pids}
+		for _, k := range slices.Sorted(maps.Keys(ns.mounts)) {
+			n.Mounts = append(n.Mounts, ns.mounts[k])
+		}
+		out = append(out, n)
+	}
+	seen := make(map[int]*namespace)
+	for link, ns := range s.spaces {
+		id, err := namespaceID(link)
+		if err != nil {
+			return nil, err
+		}
+		for n := range ns.mounts {
+			seen[n] = ns
+		}
+		report(id, link == own, ns)
+	}
+	for _, ns := range s.strangers {
+		maps.DeleteFunc(ns.mounts, func(n int, _ *mountinfo.Info) bool { return seen[n] != nil })
+		for n := range ns.mounts {
+			seen[n] = ns
+		}
+		report(0, false, ns)
+	}
+	slices.SortFunc(out, func(a, b Namespace) int {
+		return cmp.Or(cmp.Compare(a.ID, b.ID), cmp.Compare(a.PIDs[0], b.PIDs[0]))
+	})
+	return out, nil
+}
+
+// ignoreGone passes over what /proc answers about a process that has ended or
+// is a zombie.
+func ignoreGone(err error) error {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) {
+		return nil
+	}
+	return err
+}
+
+// Processes lists the numbers of processes in proc, sorted. None at all means
+// that proc is not what it should be, and is an error.
+func Processes(proc string) ([]int, error) {
+	d, err := os.Open(proc)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	names, err := d.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for _, name := range names {
+		if pid, err := strconv.Atoi(name); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	if len(pids) == 0 {
+		return nil, fmt.Errorf("%s lists no process; is it mounted?", proc)
+	}
+	slices.Sort(pids)
+	return pids, nil
+}
+
+func namespaceID(link string) (uint64, error) {
+	s := strings.TrimSuffix(strings.TrimPrefix(link, "mnt:["), "]")
+	id, err := strconv.ParseUint(s, 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("read mount namespace %q: %w", link, err)
+	}
+	return id, nil
+}
