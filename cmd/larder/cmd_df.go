@@ -9,11 +9,11 @@ import (
 
 	"github.com/larder-project/larder/internal/modelpack"
 	"github.com/larder-project/larder/internal/progress"
-	"github.com/larder-project/larder/internal/usage"
+	"github.com/larder-project/larder/internal/space"
 )
 
-// space is what df prints with --json: one object.
-type space struct {
+// spaceUsed is what df prints with --json: one object.
+type spaceUsed struct {
 	Versions []versionSpace `json:"versions"`
 	Logical  int64          `json:"logical"`   // what a copy of each version would take
 	Stored   int64          `json:"stored"`    // what their distinct files take
@@ -65,19 +65,19 @@ func (a *app) df(ctx context.Context) error {
 			damage = errors.Join(damage, err)
 		}
 	}
-	shares, sums := usage.Divide(packs)
+	shares, sums := space.Divide(packs)
 	onDisk, err := st.Usage()
 	if err != nil {
 		return err
 	}
-	uppers, err := usage.Uppers(ctx, a.cfg.State)
+	uppers, err := space.Uppers(ctx, a.cfg.State)
 	if err != nil {
 		return err
 	}
-	out := space{
+	out := spaceUsed{
 		Versions: []versionSpace{}, Logical: sums.Logical, Stored: sums.Stored, Saved: sums.Saved(),
 		Blobs: onDisk.Blobs, Ingest: onDisk.Ingest, Trash: onDisk.Trash, Uppers: uppers,
-		Free: onDisk.Free, Capacity: onDisk.Capacity, SameDisk: usage.SameFileSystem(st.Dir(), a.cfg.State),
+		Free: onDisk.Free, Capacity: onDisk.Capacity, SameDisk: space.SameFileSystem(st.Dir(), a.cfg.State),
 	}
 	for i, v := range versions {
 		out.Versions = append(out.Versions, versionSpace{v.Digest.String(), append([]string{}, v.References...), shares[i].Size, shares[i].Unique, shares[i].Shared})
@@ -88,7 +88,7 @@ func (a *app) df(ctx context.Context) error {
 	return errors.Join(a.printSpace(out), damage)
 }
 
-func (a *app) printSpace(s space) error {
+func (a *app) printSpace(s spaceUsed) error {
 	t := newTable("MODEL", "VERSION", ">SIZE", ">UNIQUE", ">SHARED")
 	for _, v := range s.Versions {
 		name := "-"

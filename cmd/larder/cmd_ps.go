@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/larder-project/larder/internal/usage"
+	"github.com/larder-project/larder/internal/usage/docker"
 	"github.com/larder-project/larder/internal/volume"
 )
 
@@ -119,7 +120,7 @@ func (a *app) containers(ctx context.Context, mounts []volume.Mounted) map[strin
 	}
 	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
 	defer cancel()
-	containers, err := usage.Containers(ctx, a.cfg.DockerHost)
+	containers, err := docker.Containers(ctx, a.cfg.DockerHost)
 	if err != nil {
 		return nil
 	}

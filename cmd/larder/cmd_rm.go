@@ -58,7 +58,7 @@ force it. Several models are removed all or none.`,
 				return err
 			}
 			res, err := gc.Remove(cmd.Context(), st, names, gc.Options{
-				Node: vols.Node(), Roots: []gc.Roots{vols}, Reason: "larder rm " + strings.Join(args, " "),
+				Node: vols.Node(), Sources: vols.Sources(), Reason: "larder rm " + strings.Join(args, " "),
 				DryRun: dryRun, Now: now,
 			})
 			if err != nil {

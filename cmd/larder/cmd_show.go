@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/larder-project/larder/internal/progress"
+	"github.com/larder-project/larder/internal/usage"
 )
 
 // shown is a version with its files, as --json prints it.
@@ -73,9 +74,9 @@ func (a *app) usersOf(ctx context.Context, version digest.Digest) ([]string, err
 	if err != nil {
 		return nil, err
 	}
-	uses, err := vols.Uses(ctx)
-	if err != nil {
-		return nil, err
+	uses, failed := usage.Gather(ctx, vols.Sources())
+	if len(failed) > 0 {
+		return nil, failed[0]
 	}
 	out := []string{}
 	for _, u := range uses {

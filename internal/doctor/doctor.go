@@ -21,8 +21,9 @@ import (
 	"github.com/larder-project/larder/internal/config"
 	"github.com/larder-project/larder/internal/overlay"
 	"github.com/larder-project/larder/internal/progress"
+	"github.com/larder-project/larder/internal/space"
 	"github.com/larder-project/larder/internal/store"
-	"github.com/larder-project/larder/internal/usage"
+	"github.com/larder-project/larder/internal/usage/docker"
 	"github.com/larder-project/larder/internal/view"
 	"github.com/larder-project/larder/internal/volume"
 )
@@ -134,7 +135,7 @@ func (d *doctor) state(ctx context.Context, st *store.Store) {
 		d.find("state", Bad, advice, "%v", err)
 		return
 	}
-	if usage.SameFileSystem(d.c.Store, d.c.State) {
+	if space.SameFileSystem(d.c.Store, d.c.State) {
 		d.find("state", Good, "", "%s%s: on the store's file system", d.c.State, d.from("state"))
 	} else {
 		d.find("state", Better, "put both on one XFS or btrfs, so that the first write into a large file costs nothing",
@@ -260,7 +261,7 @@ func askPlugin(ctx context.Context, socket string) (string, error) {
 func (d *doctor) engine(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	e, err := usage.AskEngine(ctx, d.c.DockerHost)
+	e, err := docker.AskEngine(ctx, d.c.DockerHost)
 	if err != nil {
 		d.find("engine", Better, "without an engine, larder mount shows models; DOCKER_HOST names another one", "%v", err)
 		return

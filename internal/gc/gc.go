@@ -1,8 +1,8 @@
 // Package gc removes versions of models and the blobs that nothing else needs.
 //
 // It knows roots, marks what they reach, and gives the store a removal to
-// carry out; what is a root it learns from others (Roots). The mark is pure.
-// Every removal is decided under the store's exclusive lock, from roots
+// carry out; what is in use it learns from others (package usage). The mark is
+// pure. Every removal is decided under the store's exclusive lock, from roots
 // gathered under that lock. A root that cannot be read means that nothing is
 // removed.
 package gc
@@ -20,25 +20,13 @@ import (
 
 	"github.com/larder-project/larder/internal/reference"
 	"github.com/larder-project/larder/internal/store"
+	"github.com/larder-project/larder/internal/usage"
 )
-
-// Use is one reason why a version must stay.
-type Use struct {
-	Version   digest.Digest
-	By        string // for a person: "volume qwen", "node gpu-3"
-	Reference string // the reference that the user of the version goes by, or empty
-}
-
-// Roots tells which versions are in use. An error means that this is not
-// known, and then nothing may be removed.
-type Roots interface {
-	Uses(ctx context.Context) ([]Use, error)
-}
 
 // InUseError says who uses a version that was to be removed.
 type InUseError struct {
 	Name string // what was to be removed
-	Uses []Use
+	Uses []usage.Use
 }
 
 // Error implements error.
@@ -105,11 +93,11 @@ func remember(links Links) Links {
 
 // Options of a removal.
 type Options struct {
-	Node   string  // name of this node
-	Roots  []Roots // who may use versions on this node
-	Reason string  // recorded with the removal
-	DryRun bool    // decide and report, change nothing
-	Now    bool    // delete for good, not to be undone
+	Node    string         // name of this node
+	Sources []usage.Source // of uses on this node
+	Reason  string         // recorded with the removal
+	DryRun  bool           // decide and report, change nothing
+	Now     bool           // delete for good, not to be undone
 }
 
 // Result is what a removal did, or with DryRun would do.
@@ -313,17 +301,14 @@ func plan(ctx context.Context, st *store.Store, x *store.Exclusive, gone []v1.De
 
 // gather asks all roots, and the records of the other nodes that share the
 // store. It returns the versions that this node uses beside all uses.
-func gather(ctx context.Context, st *store.Store, o Options) (uses []Use, here map[digest.Digest]bool, err error) {
+func gather(ctx context.Context, st *store.Store, o Options) (uses []usage.Use, here map[digest.Digest]bool, err error) {
 	here = map[digest.Digest]bool{}
-	for _, r := range o.Roots {
-		some, err := r.Uses(ctx)
-		if err != nil {
-			return nil, nil, fmt.Errorf("find out what is in use: %w; nothing was removed", err)
-		}
-		for _, u := range some {
-			here[u.Version] = true
-		}
-		uses = append(uses, some...)
+	uses, failed := usage.Gather(ctx, o.Sources)
+	if len(failed) > 0 {
+		return nil, nil, fmt.Errorf("%w; nothing was removed", failed[0])
+	}
+	for _, u := range uses {
+		here[u.Version] = true
 	}
 	nodes, err := st.Users()
 	if err != nil {
@@ -332,7 +317,7 @@ func gather(ctx context.Context, st *store.Store, o Options) (uses []Use, here m
 	for version, names := range nodes {
 		for _, name := range names {
 			if name != o.Node {
-				uses = append(uses, Use{Version: version, By: "node " + name})
+				uses = append(uses, usage.Use{Version: version, By: "node " + name})
 			}
 		}
 	}
@@ -341,10 +326,10 @@ func gather(ctx context.Context, st *store.Store, o Options) (uses []Use, here m
 
 // refuse says no when a version in use would lose its last reference, or the
 // reference that its user goes by.
-func refuse(gone []v1.Descriptor, staying map[digest.Digest]bool, uses []Use) error {
+func refuse(gone []v1.Descriptor, staying map[digest.Digest]bool, uses []usage.Use) error {
 	for _, d := range gone {
 		ref := d.Annotations[v1.AnnotationRefName]
-		var by []Use
+		var by []usage.Use
 		for _, u := range uses {
 			if u.Version == d.Digest && (!staying[d.Digest] || u.Reference == ref) {
 				by = append(by, u)

@@ -17,6 +17,7 @@ import (
 	"github.com/larder-project/larder/internal/modelpack"
 	"github.com/larder-project/larder/internal/reference"
 	"github.com/larder-project/larder/internal/store"
+	"github.com/larder-project/larder/internal/usage"
 )
 
 func open(t *testing.T, dir string) *store.Store {
@@ -77,13 +78,17 @@ func has(t *testing.T, s *store.Store, content string) bool {
 	return ok
 }
 
-type uses []Use
+type uses []usage.Use
 
-func (u uses) Uses(context.Context) ([]Use, error) { return u, nil }
+func (uses) Name() string { return "test" }
+
+func (u uses) Uses(context.Context) ([]usage.Use, error) { return u, nil }
 
 type broken struct{ error }
 
-func (b broken) Uses(context.Context) ([]Use, error) { return nil, b.error }
+func (broken) Name() string { return "broken" }
+
+func (b broken) Uses(context.Context) ([]usage.Use, error) { return nil, b.error }
 
 func checkClean(t *testing.T, s *store.Store) {
 	t.Helper()
@@ -165,8 +170,8 @@ func TestVersionInUseIsRefusedByEveryKindOfUse(t *testing.T) {
 	t.Parallel()
 	s := open(t, t.TempDir()+"/s")
 	v := mustPublish(t, s, "m:1", "a")
-	try := func(roots ...Roots) error {
-		_, err := Remove(t.Context(), s, []reference.Reference{ref(t, "m:1")}, Options{Node: "node", Roots: roots})
+	try := func(sources ...usage.Source) error {
+		_, err := Remove(t.Context(), s, []reference.Reference{ref(t, "m:1")}, Options{Node: "node", Sources: sources})
 		return err
 	}
 	var inUse *InUseError

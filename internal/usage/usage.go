@@ -1,132 +1,142 @@
-// Package usage knows who uses what on this node: which processes see a mount,
-// which container a process belongs to, and what an engine calls that
-// container.
+// Package usage is the contract between those who remove versions of models and
+// those who know which versions are in use.
 //
-// What it finds is for telling a person. That nobody was found is no proof
-// that nobody is there: an engine may be down, and a process may hide in a
-// namespace that this one may not read.
+// A Source tells the uses of one kind: what a Docker engine's containers show,
+// those of containerd, what the kernel's mount tables show, records of volumes
+// and mounts, processes on GPUs. Each source has a package of its own below
+// this one, or is the package that has the records (package volume). All of
+// them pass the suite in usagetest.
+//
+// The rule for removing is the union of all sources: one that finds a use keeps
+// the version, and one that cannot tell keeps everything.
 package usage
 
 import (
-	"bytes"
 	"context"
-	"errors"
 	"fmt"
-	"os"
-	"regexp"
-	"strconv"
 	"strings"
 
-	"github.com/moby/moby/client"
+	"github.com/opencontainers/go-digest"
 )
 
-// Engine is the Docker engine that answers at a host.
-type Engine struct {
-	Version    string // of the engine: "20.10.24"
-	APIVersion string
+// Use is one reason why a version must stay.
+type Use struct {
+	Version digest.Digest // of the manifest
+	Source  string        // name of the source that found it; Gather sets it
+	// By says who uses it, for a person: "volume qwen", "container eager_lamport".
+	By string
+	// Reference is the reference that the user goes by, or empty: it must not
+	// go even where the version keeps others.
+	Reference string
+	// Container is the container that uses the version; zero where the user is
+	// none, or it is not known which.
+	Container Container
+	PID       int    // a process that shows the version; 0 where none is known
+	GPU       string // the GPU it runs on: "0 (NVIDIA H100)"; empty if none
 }
 
-// Container is one running container.
+// Container is a container as its engine calls it.
 type Container struct {
-	ID    string // 64 hex digits
-	Name  string // as the engine calls it; empty when no engine knows it
-	Image string
+	Engine    string // "docker", "containerd"; empty where no engine was asked
+	Namespace string // of containerd: "moby", "k8s.io", "default"
+	ID        string
+	Name      string // empty when no engine knows it
+	Image     string
+	State     string // as the engine says: running, paused, exited, created
 }
 
-// ErrNoEngine is wrapped where nothing answers at all.
-var ErrNoEngine = errors.New("no engine answers")
-
-// failed makes the client's error ours: its own words for "nothing there" fill
-// three lines.
-func failed(host string, err error) error {
-	if client.IsErrConnectionFailed(err) {
-		return fmt.Errorf("%w at %s", ErrNoEngine, host)
+// Label is how a person knows the container.
+func (c Container) Label() string {
+	id := c.ID
+	if len(id) > 12 {
+		id = id[:12]
 	}
-	return fmt.Errorf("engine at %s: %w", host, err)
+	name := c.Name
+	if name == "" {
+		name = id
+	}
+	if c.Namespace != "" && c.Namespace != "moby" && c.Namespace != "default" {
+		name = c.Namespace + "/" + name
+	}
+	return name
 }
 
-// ask connects to an engine. ctx bounds the whole conversation.
-func ask(host string) (*client.Client, error) {
-	c, err := client.New(client.WithHost(host))
-	if err != nil {
-		return nil, fmt.Errorf("engine at %s: %w", host, err)
-	}
-	return c, nil
+// Source knows the uses of one kind.
+type Source interface {
+	// Name is a word that metrics, logs and messages call the source by.
+	Name() string
+	// Uses lists all uses of this kind at this moment. An error means that
+	// they are not known, and then nothing may be removed; a source that is
+	// not there at all (no driver, no engine configured) is not built into the
+	// list of sources in the first place. It does not take the store's lock,
+	// so that it can be asked by who holds it.
+	Uses(ctx context.Context) ([]Use, error)
 }
 
-// AskEngine tells what engine answers at host (unix://PATH or tcp://HOST:PORT).
-func AskEngine(ctx context.Context, host string) (Engine, error) {
-	c, err := ask(host)
-	if err != nil {
-		return Engine{}, err
-	}
-	defer c.Close()
-	v, err := c.ServerVersion(ctx, client.ServerVersionOptions{})
-	if err != nil {
-		return Engine{}, failed(host, err)
-	}
-	return Engine{Version: v.Version, APIVersion: v.APIVersion}, nil
+// Places tells which versions a volume or a folder of this node shows. Sources
+// that know containers by what they mount are made with one.
+type Places interface {
+	// OfVolume gives the versions of a volume and of its mounts, by the name
+	// that an engine calls it; ok is false where there is no such volume.
+	OfVolume(name string) (versions []digest.Digest, ok bool, err error)
+	// AtPath gives the versions of the mount that a path of the host is in; ok
+	// is false where that is no mount of ours.
+	AtPath(path string) (versions []digest.Digest, ok bool, err error)
 }
 
-// Containers lists the running containers of the engine at host, by ID.
-func Containers(ctx context.Context, host string) (map[string]Container, error) {
-	c, err := ask(host)
-	if err != nil {
-		return nil, err
+// Error says which source could not tell its uses.
+type Error struct {
+	Source string
+	Err    error
+}
+
+// Error implements error.
+func (e *Error) Error() string {
+	return fmt.Sprintf("find out what is in use: %s: %v", e.Source, e.Err)
+}
+
+func (e *Error) Unwrap() error { return e.Err }
+
+// Gather asks all sources, side by side. It returns the uses that were found
+// and an *Error for each source that failed, in the order of the sources.
+func Gather(ctx context.Context, sources []Source) ([]Use, []*Error) {
+	type answer struct {
+		uses []Use
+		err  error
 	}
-	defer c.Close()
-	list, err := c.ContainerList(ctx, client.ContainerListOptions{})
-	if err != nil {
-		return nil, failed(host, err)
+	answers := make([]chan answer, len(sources))
+	for i, s := range sources {
+		answers[i] = make(chan answer, 1)
+		go func() {
+			uses, err := s.Uses(ctx)
+			answers[i] <- answer{uses, err}
+		}()
 	}
-	out := make(map[string]Container, len(list.Items))
-	for _, item := range list.Items {
-		name := ""
-		if len(item.Names) > 0 {
-			name = strings.TrimPrefix(item.Names[0], "/")
+	var all []Use
+	var failed []*Error
+	for i, s := range sources {
+		var a answer
+		select {
+		case a = <-answers[i]:
+		case <-ctx.Done():
+			a.err = fmt.Errorf("no answer: %w", ctx.Err())
 		}
-		out[item.ID] = Container{ID: item.ID, Name: name, Image: item.Image}
-	}
-	return out, nil
-}
-
-// ContainerID is the ID of the container that a process runs in, or "" where
-// it runs in none that can be recognised.
-func ContainerID(pid int) string {
-	dir := "/proc/" + strconv.Itoa(pid)
-	// The process may end at any moment: what cannot be read says nothing.
-	if text, err := os.ReadFile(dir + "/cgroup"); err == nil {
-		if id := fromCgroup(text); id != "" {
-			return id
+		if a.err != nil {
+			failed = append(failed, &Error{Source: s.Name(), Err: a.err})
+		}
+		for _, u := range a.uses {
+			u.Source = s.Name()
+			all = append(all, u)
 		}
 	}
-	if text, err := os.ReadFile(dir + "/mountinfo"); err == nil {
-		return fromMountinfo(text)
-	}
-	return ""
+	return all, failed
 }
 
-// inCgroup finds a container's ID as the last part of a cgroup's path, in the
-// forms of Docker, containerd, Podman and the kubelet: /docker/ID,
-// docker-ID.scope, libpod-ID.scope, cri-containerd-ID.scope.
-var inCgroup = regexp.MustCompile(`(?:^|[/:-])([0-9a-f]{64})(?:\.scope)?(?:/[^/]*)?$`)
-
-func fromCgroup(text []byte) string {
-	for line := range bytes.SplitSeq(text, []byte("\n")) {
-		if m := inCgroup.FindSubmatch(line); m != nil {
-			return string(m[1])
-		}
+// Names lists the sources' names for a message.
+func Names(sources []Source) string {
+	names := make([]string, len(sources))
+	for i, s := range sources {
+		names[i] = s.Name()
 	}
-	return ""
-}
-
-// inMounts finds the files that Docker binds into each container from
-// .../containers/ID/, for engines whose cgroups tell nothing.
-var inMounts = regexp.MustCompile(`/containers/([0-9a-f]{64})/(?:resolv\.conf|hostname|hosts) /etc/`)
-
-func fromMountinfo(text []byte) string {
-	if m := inMounts.FindSubmatch(text); m != nil {
-		return string(m[1])
-	}
-	return ""
+	return strings.Join(names, ", ")
 }

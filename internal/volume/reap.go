@@ -2,10 +2,8 @@ package volume
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,15 +11,11 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-multierror"
-	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/larder-project/larder/internal/atomicfile"
 	"github.com/larder-project/larder/internal/disk"
-	"github.com/larder-project/larder/internal/gc"
 	"github.com/larder-project/larder/internal/overlay"
-	"github.com/larder-project/larder/internal/reference"
-	"github.com/larder-project/larder/internal/store"
 )
 
 // How long a mount that no container shows may wait for one, in seconds since
@@ -432,116 +426,6 @@ func (m *Manager) finishRemove(ctx context.Context, name string) error {
 	return ignoreAbsent(disk.Remove(removing))
 }
 
-// Uses implements gc.Roots: every version that a volume, a mount record or a
-// mount in any namespace needs. What cannot be read is an error.
-func (m *Manager) Uses(ctx context.Context) ([]gc.Use, error) {
-	names, err := m.names(recordSuffix)
-	if err != nil {
-		return nil, err
-	}
-	var out []gc.Use
-	for _, name := range names {
-		uses, err := m.usesOf(name)
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, uses...)
-	}
-	mounted, err := m.mountedNames(m.boot)
-	if err != nil {
-		return nil, err
-	}
-	for _, name := range mounted {
-		records, err := m.readMounts(name)
-		if err != nil {
-			return nil, err
-		}
-		for _, mr := range records {
-			for _, d := range mr.Versions {
-				out = append(out, gc.Use{Version: d, By: fmt.Sprintf("a mount of volume %s at %s", name, mr.Target)})
-			}
-		}
-	}
-	shown, err := m.shownByKernel(ctx)
-	return append(out, shown...), err
-}
-
-func (m *Manager) usesOf(name string) ([]gc.Use, error) {
-	r, err := m.readRecord(name)
-	if errors.Is(err, ErrNotFound) {
-		return nil, nil // removed just now
-	}
-	if err != nil {
-		return nil, err
-	}
-	o, err := ParseOptions(name, r.Options)
-	if err != nil {
-		return nil, fmt.Errorf("volume %s: %w", name, err)
-	}
-	by := "volume " + name
-	var out []gc.Use
-	for _, d := range r.Pinned {
-		out = append(out, gc.Use{Version: d, By: by})
-	}
-	if o.Catalog || len(r.Pinned) > 0 {
-		return out, nil // a catalog shows what is there, it keeps nothing
-	}
-	for i, ref := range o.Models {
-		v, err := m.store.Resolve(ref)
-		if errors.Is(err, store.ErrNotFound) {
-			continue // what is not there cannot be kept
-		}
-		if err != nil {
-			return nil, err
-		}
-		use := gc.Use{Version: v.Digest, By: by, Reference: ref.String()}
-		if ref.Kind == reference.Short && !ref.Fixed() {
-			use.Reference = nameOf(v, o, i)
-		}
-		out = append(out, use)
-	}
-	return out, nil
-}
-
-// shownByKernel finds the versions of every view that is mounted anywhere,
-// records or not.
-func (m *Manager) shownByKernel(ctx context.Context) ([]gc.Use, error) {
-	use, err := scanKernel(ctx, m.state, true)
-	if err != nil {
-		return nil, err
-	}
-	var out []gc.Use
-	for dir := range use.views {
-		versions, err := readViewRecord(dir + recordSuffix)
-		if err != nil {
-			return nil, err
-		}
-		by := "a mount without a record"
-		if holders := use.view[dir]; len(holders) > 0 {
-			by = fmt.Sprintf("process %d, which shows it at %s", holders[0].PID, holders[0].Mountpoint)
-		}
-		for _, d := range versions {
-			out = append(out, gc.Use{Version: d, By: by})
-		}
-	}
-	return out, nil
-}
-
-func readViewRecord(path string) ([]digest.Digest, error) {
-	data, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%w: a view is mounted and its record %s is gone, so its versions are not known", ErrDamaged, path)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read view record: %w", err)
-	}
-	var r viewRecord
-	if err := json.Unmarshal(data, &r); err != nil {
-		return nil, fmt.Errorf("%w: %s: %w", ErrDamaged, path, err)
-	}
-	return r.Versions, nil
-}
-
 // Mounts lists the live mounts of all volumes with who shows them.
 func (m *Manager) Mounts(ctx context.Context) ([]Mounted, error) {
 	names, err := m.mountedNames(m.boot)
@@ -566,5 +450,3 @@ func (m *Manager) Mounts(ctx context.Context) ([]Mounted, error) {
 	}
 	return out, nil
 }
-
-var _ gc.Roots = (*Manager)(nil)

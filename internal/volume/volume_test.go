@@ -430,7 +430,7 @@ func TestUsesAreRoots(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = gc.Remove(t.Context(), n.store, []reference.Reference{r}, gc.Options{Node: "test", Roots: []gc.Roots{n.Manager}, DryRun: true})
+		_, err = gc.Remove(t.Context(), n.store, []reference.Reference{r}, gc.Options{Node: "test", Sources: n.Sources(), DryRun: true})
 		return err
 	}
 	if err := remove(); err != nil {

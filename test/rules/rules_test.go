@@ -26,6 +26,7 @@ const module = "github.com/larder-project/larder/"
 var order = []string{
 	"internal/disk",
 	"internal/atomicfile",
+	"internal/pattern",
 	"internal/reference",
 	"internal/modelpack",
 	"internal/config",
@@ -38,7 +39,11 @@ var order = []string{
 	"internal/view",
 	"internal/mounttable",
 	"internal/overlay",
+	"internal/space",
 	"internal/usage",
+	"internal/usage/docker",
+	"internal/usage/containerd",
+	"internal/usage/gpu",
 	"internal/retention",
 	"internal/gc",
 	"internal/volume",
@@ -73,6 +78,8 @@ var apart = map[string][]string{
 	"internal/reference": {"internal/disk", "internal/atomicfile"},
 	"internal/modelpack": {"internal/disk", "internal/atomicfile"},
 	"internal/retention": {"internal/disk", "internal/atomicfile", "internal/store"},
+	"internal/pattern":   {"internal/disk", "internal/atomicfile"},
+	"internal/usage":     {"internal/store", "internal/pull", "internal/source"},
 }
 
 // mayImport says whether pkg may import dep, both written without the module,

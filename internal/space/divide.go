@@ -1,4 +1,4 @@
-package usage
+package space
 
 import (
 	"github.com/opencontainers/go-digest"
@@ -6,8 +6,8 @@ import (
 	"github.com/larder-project/larder/internal/modelpack"
 )
 
-// Space is what one version needs, in bytes of its files.
-type Space struct {
+// Share is what one version needs, in bytes of its files.
+type Share struct {
 	Size   int64 // of its tree: a file that appears twice counts twice
 	Unique int64 // of contents that no other version has: what goes with it
 	Shared int64 // of contents that other versions have too
@@ -24,14 +24,14 @@ func (s Sums) Saved() int64 { return s.Logical - s.Stored }
 
 // Divide tells what each of the versions needs, in their order, and all
 // together. The versions differ from each other.
-func Divide(versions []modelpack.Model) ([]Space, Sums) {
+func Divide(versions []modelpack.Model) ([]Share, Sums) {
 	holders := map[digest.Digest]int{}
 	for _, m := range versions {
 		for d := range contents(m) {
 			holders[d]++
 		}
 	}
-	out := make([]Space, len(versions))
+	out := make([]Share, len(versions))
 	var sums Sums
 	for i, m := range versions {
 		out[i].Size = m.Size()

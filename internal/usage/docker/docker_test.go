@@ -1,4 +1,4 @@
-package usage
+package docker
 
 import (
 	"context"
@@ -12,37 +12,11 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/larder-project/larder/internal/usage"
 )
 
 const id = "7a3c1e5b9d2f4068a1c3e5f7092b4d6e8fa1c3b5d7e9f0123456789abcdef012"
-
-func TestContainerOfAProcess(t *testing.T) {
-	t.Parallel()
-	for name, tc := range map[string]struct {
-		find func([]byte) string
-		text string
-		want string
-	}{
-		"docker, cgroup v1":     {fromCgroup, "12:pids:/docker/" + id + "\n11:cpu:/docker/" + id + "\n", id},
-		"docker, cgroup v2":     {fromCgroup, "0::/system.slice/docker-" + id + ".scope\n", id},
-		"docker, nested init":   {fromCgroup, "0::/system.slice/docker-" + id + ".scope/init\n", id},
-		"podman":                {fromCgroup, "0::/machine.slice/libpod-" + id + ".scope/container\n", id},
-		"kubelet":               {fromCgroup, "0::/kubepods.slice/kubepods-pod1.slice/cri-containerd-" + id + ".scope\n", id},
-		"kubelet, cgroupfs":     {fromCgroup, "5:memory:/kubepods/burstable/podaaaa/" + id + "\n", id},
-		"of the host":           {fromCgroup, "0::/user.slice/user-0.slice/session-1.scope\n", ""},
-		"digits that are no ID": {fromCgroup, "0::/x/" + id + "0\n", ""},
-		"mounts of docker": {fromMountinfo,
-			"700 699 8:1 / / rw - ext4 /dev/sda1 rw\n712 700 8:1 /var/lib/docker/containers/" + id + "/hostname /etc/hostname rw - ext4 /dev/sda1 rw\n", id},
-		"mounts of the host": {fromMountinfo, "24 1 8:1 / / rw - ext4 /dev/sda1 rw\n", ""},
-	} {
-		if got := tc.find([]byte(tc.text)); got != tc.want {
-			t.Errorf("%s: %q, want %q", name, got, tc.want)
-		}
-	}
-	if got := ContainerID(1 << 30); got != "" {
-		t.Errorf("a process that is not there is in container %q", got)
-	}
-}
 
 // The shapes are those of a Docker Engine 20.10.24 on API 1.41.
 func TestContainersOfAnEngine(t *testing.T) {
@@ -72,7 +46,7 @@ func TestContainersOfAnEngine(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := map[string]Container{id: {ID: id, Name: "eager_lamport", Image: "busybox"}}
+	want := map[string]usage.Container{id: {Engine: "docker", ID: id, Name: "eager_lamport", Image: "busybox", State: "running"}}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("containers (-want +got):\n%s", diff)
 	}

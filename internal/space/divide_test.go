@@ -1,4 +1,4 @@
-package usage
+package space
 
 import (
 	"testing"
@@ -25,7 +25,7 @@ func TestDivideTellsSharedFromUnique(t *testing.T) {
 		model(content("other weights", 2000), tokens),
 		model(twice, again),
 	})
-	want := []Space{
+	want := []Share{
 		{Size: 1010, Unique: 1000, Shared: 10},
 		{Size: 2010, Unique: 2000, Shared: 10},
 		{Size: 200, Unique: 100},

@@ -1,4 +1,6 @@
-package usage
+// Package space adds up what models, sharing and the writes of containers take
+// on the disk.
+package space
 
 import (
 	"context"

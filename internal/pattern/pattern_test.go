@@ -1,4 +1,4 @@
-package huggingface
+package pattern
 
 import (
 	"bufio"
@@ -26,7 +26,7 @@ func TestPatternMatchesAsPython(t *testing.T) {
 		if err := json.Unmarshal(lines.Bytes(), &[]any{&row.pattern, &row.yes, &row.no}); err != nil {
 			t.Fatal(err)
 		}
-		p := compilePattern(row.pattern)
+		p := Compile(row.pattern)
 		for _, want := range []bool{true, false} {
 			names := row.no
 			if want {
@@ -34,7 +34,7 @@ func TestPatternMatchesAsPython(t *testing.T) {
 			}
 			for _, name := range names {
 				compared++
-				if got := p.match([]rune(name)); got != want {
+				if got := p.Match(name); got != want {
 					t.Errorf("%q matches %q: %t, Python says %t", row.pattern, name, got, want)
 				}
 			}
@@ -48,24 +48,12 @@ func TestPatternMatchesAsPython(t *testing.T) {
 	}
 }
 
-func TestPatternOfAFolder(t *testing.T) {
-	f, err := newFilter([]string{"sub/"}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, want := range map[string]bool{"sub/x": true, "sub/a/b": true, "sub": false, "sub2/x": false, "a/sub/x": false} {
-		if got := f.keeps(name); got != want {
-			t.Errorf("sub/ keeps %q: %t, want %t", name, got, want)
-		}
-	}
-}
-
 // A pattern of many stars on a long name that almost matches.
 func TestPatternNeedsLittleTime(t *testing.T) {
-	p := compilePattern(strings.Repeat("*a", 200) + "b")
-	name := []rune(strings.Repeat("a", 1000))
+	p := Compile(strings.Repeat("*a", 200) + "b")
+	name := strings.Repeat("a", 1000)
 	begin := time.Now()
-	if p.match(name) {
+	if p.Match(name) {
 		t.Error("it matches")
 	}
 	if d := time.Since(begin); d > time.Second {
@@ -78,13 +66,13 @@ func FuzzPattern(f *testing.F) {
 	f.Add("[b-a!-c]", "-")
 	f.Add("[[]", "\xff")
 	f.Fuzz(func(t *testing.T, pattern, name string) {
-		compilePattern(pattern).match([]rune(name)) // must not panic
+		Compile(pattern).Match(name) // must not panic
 		if !strings.ContainsAny(pattern, "*?[") && strings.ToValidUTF8(pattern, "") == pattern {
-			if !compilePattern(pattern).match([]rune(pattern)) {
+			if !Compile(pattern).Match(pattern) {
 				t.Errorf("%q does not match itself", pattern)
 			}
 		}
-		if !compilePattern("*"+pattern+"*").match([]rune(name)) && compilePattern(pattern).match([]rune(name)) {
+		if !Compile("*"+pattern+"*").Match(name) && Compile(pattern).Match(name) {
 			t.Errorf("%q matches %q, but with stars around it does not", pattern, name)
 		}
 	})

@@ -1,54 +1,14 @@
-package huggingface
+// Package pattern matches names by the patterns that users of the Hugging Face
+// hub know: those of Python's fnmatch. It is pure.
+package pattern
 
-import (
-	"errors"
-	"slices"
-	"strings"
-)
+import "slices"
 
-// filter selects files as huggingface_hub does with allow_patterns and
-// ignore_patterns: a file is kept if there are no includes or any matches, and
-// no exclude matches.
-type filter struct {
-	include, exclude []pattern
-}
-
-func newFilter(include, exclude []string) (filter, error) {
-	compile := func(flag string, patterns []string) ([]pattern, error) {
-		var out []pattern
-		for _, p := range patterns {
-			if p == "" {
-				return nil, errors.New(flag + ": the pattern is empty")
-			}
-			if strings.HasSuffix(p, "/") {
-				p += "*" // a folder means all that is in it
-			}
-			out = append(out, compilePattern(p))
-		}
-		return out, nil
-	}
-	in, err := compile("--include", include)
-	if err != nil {
-		return filter{}, err
-	}
-	ex, err := compile("--exclude", exclude)
-	return filter{include: in, exclude: ex}, err
-}
-
-func (f filter) keeps(path string) bool {
-	name := []rune(path)
-	matches := func(p pattern) bool { return p.match(name) }
-	if len(f.include) > 0 && !slices.ContainsFunc(f.include, matches) {
-		return false
-	}
-	return !slices.ContainsFunc(f.exclude, matches)
-}
-
-// pattern is a compiled fnmatch pattern with the meaning of Python's
+// Pattern is a compiled fnmatch pattern with the meaning of Python's
 // fnmatch.fnmatchcase: '*' and '?' also match '/', nothing is escaped by a
 // backslash, and a bracket that is not closed stands for itself. It differs
 // from path.Match in all three.
-type pattern []element
+type Pattern []element
 
 // element matches one rune, or with star any number of any runes.
 type element struct {
@@ -64,8 +24,9 @@ func (e element) matches(r rune) bool {
 
 var anyRune = element{negate: true}
 
-func compilePattern(s string) pattern {
-	var out pattern
+// Compile reads a pattern. Every text is one.
+func Compile(s string) Pattern {
+	var out Pattern
 	runes := []rune(s)
 	for i := 0; i < len(runes); {
 		r := runes[i]
@@ -170,9 +131,11 @@ func compileSet(set []rune) element {
 	return e
 }
 
-// match needs time in proportion to pattern times name, whatever the pattern:
-// on a mismatch only the last star takes one rune more.
-func (p pattern) match(name []rune) bool {
+// Match tells whether the pattern fits the whole of text. It needs time in
+// proportion to pattern times text, whatever the pattern: on a mismatch only
+// the last star takes one rune more.
+func (p Pattern) Match(text string) bool {
+	name := []rune(text)
 	i, j := 0, 0
 	star, from := -1, 0
 	for j < len(name) {

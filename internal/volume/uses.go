@@ -1,0 +1,199 @@
+package volume
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/larder-project/larder/internal/reference"
+	"github.com/larder-project/larder/internal/store"
+	"github.com/larder-project/larder/internal/usage"
+)
+
+// Sources are the uses that this node's records and the kernel know of. They
+// are there on every node, whatever engines run on it.
+func (m *Manager) Sources() []usage.Source { return []usage.Source{records{m}, mounts{m}} }
+
+// records are the versions of volumes, and of mounts that have a record.
+type records struct{ m *Manager }
+
+func (records) Name() string { return "volumes" }
+
+func (r records) Uses(context.Context) ([]usage.Use, error) {
+	names, err := r.m.names(recordSuffix)
+	if err != nil {
+		return nil, err
+	}
+	var out []usage.Use
+	for _, name := range names {
+		uses, err := r.m.usesOf(name)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, uses...)
+	}
+	mounted, err := r.m.allMounts()
+	if err != nil {
+		return nil, err
+	}
+	for _, mr := range mounted {
+		for _, d := range mr.Versions {
+			out = append(out, usage.Use{Version: d, By: fmt.Sprintf("a mount of volume %s at %s", mr.Volume, mr.Target)})
+		}
+	}
+	return out, nil
+}
+
+// allMounts reads every mount record of this boot.
+func (m *Manager) allMounts() ([]mountRecord, error) {
+	names, err := m.mountedNames(m.boot)
+	if err != nil {
+		return nil, err
+	}
+	var out []mountRecord
+	for _, name := range names {
+		some, err := m.readMounts(name)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, some...)
+	}
+	return out, nil
+}
+
+func (m *Manager) usesOf(name string) ([]usage.Use, error) {
+	r, err := m.readRecord(name)
+	if errors.Is(err, ErrNotFound) {
+		return nil, nil // removed just now
+	}
+	if err != nil {
+		return nil, err
+	}
+	o, err := ParseOptions(name, r.Options)
+	if err != nil {
+		return nil, fmt.Errorf("volume %s: %w", name, err)
+	}
+	by := "volume " + name
+	var out []usage.Use
+	for _, d := range r.Pinned {
+		out = append(out, usage.Use{Version: d, By: by})
+	}
+	if o.Catalog || len(r.Pinned) > 0 {
+		return out, nil // a catalog shows what is there, it keeps nothing
+	}
+	for i, ref := range o.Models {
+		v, err := m.store.Resolve(ref)
+		if errors.Is(err, store.ErrNotFound) {
+			continue // what is not there cannot be kept
+		}
+		if err != nil {
+			return nil, err
+		}
+		use := usage.Use{Version: v.Digest, By: by, Reference: ref.String()}
+		if ref.Kind == reference.Short && !ref.Fixed() {
+			use.Reference = nameOf(v, o, i)
+		}
+		out = append(out, use)
+	}
+	return out, nil
+}
+
+// mounts are the versions of every view that the kernel shows in any mount
+// namespace, record or not.
+type mounts struct{ m *Manager }
+
+func (mounts) Name() string { return "mounts" }
+
+func (s mounts) Uses(ctx context.Context) ([]usage.Use, error) {
+	use, err := scanKernel(ctx, s.m.state, true)
+	if err != nil {
+		return nil, err
+	}
+	var out []usage.Use
+	for dir := range use.views {
+		versions, err := readViewRecord(dir + recordSuffix)
+		if err != nil {
+			return nil, err
+		}
+		holders := use.view[dir]
+		if len(holders) == 0 {
+			for _, d := range versions {
+				out = append(out, usage.Use{Version: d, By: "a mount on this host"})
+			}
+		}
+		for _, h := range holders {
+			u := usage.Use{By: fmt.Sprintf("process %d, which shows it at %s", h.PID, h.Mountpoint), PID: h.PID}
+			u.Container.ID = usage.ContainerID(h.PID)
+			for _, d := range versions {
+				u.Version = d
+				out = append(out, u)
+			}
+		}
+	}
+	return out, nil
+}
+
+func readViewRecord(path string) ([]digest.Digest, error) {
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: a view is mounted and its record %s is gone, so its versions are not known", ErrDamaged, path)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read view record: %w", err)
+	}
+	var r viewRecord
+	if err := json.Unmarshal(data, &r); err != nil {
+		return nil, fmt.Errorf("%w: %s: %w", ErrDamaged, path, err)
+	}
+	return r.Versions, nil
+}
+
+// OfVolume implements usage.Places: the versions that a volume is bound to, or
+// means now.
+func (m *Manager) OfVolume(name string) ([]digest.Digest, bool, error) {
+	if CheckName(name) != nil {
+		return nil, false, nil
+	}
+	uses, err := m.usesOf(name)
+	if err != nil {
+		return nil, false, err
+	}
+	mounted, err := m.readMounts(name)
+	if err != nil {
+		return nil, false, err
+	}
+	var out []digest.Digest
+	for _, u := range uses {
+		out = append(out, u.Version)
+	}
+	for _, mr := range mounted {
+		out = append(out, mr.Versions...)
+	}
+	return out, len(out) > 0, nil
+}
+
+// AtPath implements usage.Places: the versions of the mounts at a folder or
+// around it.
+func (m *Manager) AtPath(path string) ([]digest.Digest, bool, error) {
+	mounted, err := m.allMounts()
+	if err != nil {
+		return nil, false, err
+	}
+	path = filepath.Clean(path)
+	var out []digest.Digest
+	for _, mr := range mounted {
+		if path == mr.Target || strings.HasPrefix(path, mr.Target+"/") {
+			out = append(out, mr.Versions...)
+		}
+	}
+	return out, len(out) > 0, nil
+}
+
+var _ usage.Places = (*Manager)(nil)
