@@ -137,7 +137,39 @@ func Build(m Model) (manifest, config []byte, err error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("encode model manifest: %w", err)
 	}
+	// What is written must also be read again.
+	if len(manifest) > MaxManifestBytes {
+		return nil, nil, tooLong(len(files), len(manifest))
+	}
 	return manifest, config, nil
+}
+
+func tooLong(files, bytes int) error {
+	return fmt.Errorf("%w: %d files with names so long that the manifest has %d bytes, at most %d are kept", ErrInvalid, files, bytes, MaxManifestBytes)
+}
+
+// CheckNames refuses what Build would, as far as paths alone tell: before
+// anything is fetched.
+func CheckNames(paths []string) error {
+	if len(paths) > MaxFiles {
+		return fmt.Errorf("%w: %d files, at most %d are kept", ErrInvalid, len(paths), MaxFiles)
+	}
+	const layer = 400 // bytes of a layer in a manifest, without its path
+	length := 0
+	for _, p := range paths {
+		if err := CheckPath(p); err != nil {
+			return err
+		}
+		name, err := json.Marshal(p)
+		if err != nil {
+			return fmt.Errorf("%w: path %.200q: %w", ErrInvalid, p, err)
+		}
+		length += layer + 2*len(name)
+	}
+	if length > MaxManifestBytes {
+		return tooLong(len(paths), length)
+	}
+	return nil
 }
 
 // The config's schema is strict: no field beyond it, all three objects there.
@@ -164,6 +196,11 @@ func Parse(manifest []byte) (Model, v1.Descriptor, error) {
 	none := v1.Descriptor{}
 	if len(manifest) > MaxManifestBytes {
 		return Model{}, none, fmt.Errorf("%w: %d bytes, at most %d are read", ErrInvalid, len(manifest), MaxManifestBytes)
+	}
+	// Each layer has two objects. A short text can hold so many that they fill
+	// the memory before they are counted.
+	if n := bytes.Count(manifest, []byte("{")); n > 4*MaxFiles {
+		return Model{}, none, fmt.Errorf("%w: %d objects, at most %d layers are read", ErrInvalid, n, MaxFiles)
 	}
 	var in v1.Manifest
 	dec := json.NewDecoder(bytes.NewReader(manifest))

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -129,18 +130,28 @@ func TestManifestsThatNoModelHasAreRefused(t *testing.T) {
 
 func TestAMillionEntriesAreRefused(t *testing.T) {
 	t.Parallel()
-	var b strings.Builder
-	d := digest.FromString("")
-	fmt.Fprintf(&b, `{"schemaVersion":2,"artifactType":%q,"config":{"mediaType":%q,"digest":%q,"size":0},"layers":[`, ArtifactType, MediaTypeConfig, d)
-	for i := range 1_000_000 {
-		if i > 0 {
-			b.WriteByte(',')
+	head := fmt.Sprintf(`{"schemaVersion":2,"artifactType":%q,"config":{"mediaType":%q,"digest":%q,"size":0},"layers":[`, ArtifactType, MediaTypeConfig, digest.FromString(""))
+	// Short enough to be read, and far too many to be kept in memory.
+	for what, layer := range map[string]string{"empty": "{}", "annotated": `{"annotations":{}}`} {
+		text := head + strings.Repeat(layer+",", 1_000_000) + layer + "]}"
+		if len(text) > MaxManifestBytes {
+			t.Fatalf("%s: the manifest has %d bytes and is refused for its length", what, len(text))
 		}
-		fmt.Fprintf(&b, `{"mediaType":"application/vnd.cncf.model.weight.v1.raw","digest":%q,"size":0,"annotations":{%q:"f%d"}}`, d, AnnotationFilepath, i)
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, _, err := Parse([]byte(text))
+		runtime.ReadMemStats(&after)
+		if !errors.Is(err, ErrInvalid) {
+			t.Errorf("%s: got %v, want ErrInvalid", what, err)
+		}
+		if n := after.TotalAlloc - before.TotalAlloc; n > 128<<20 {
+			t.Errorf("%s: %d MiB were used to refuse it", what, n>>20)
+		}
 	}
-	b.WriteString("]}")
-	if _, _, err := Parse([]byte(b.String())); !errors.Is(err, ErrInvalid) {
-		t.Errorf("got %v, want ErrInvalid", err)
+	// So many that they are read, and then counted.
+	text := head + strings.Repeat("{},", MaxFiles+1) + "{}]}"
+	if _, _, err := Parse([]byte(text)); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "layers") {
+		t.Errorf("one too many: got %v", err)
 	}
 	files := make([]File, MaxFiles+1)
 	for i := range files {
@@ -148,6 +159,28 @@ func TestAMillionEntriesAreRefused(t *testing.T) {
 	}
 	if _, _, err := Build(Model{Files: files}); !errors.Is(err, ErrInvalid) {
 		t.Errorf("build: got %v, want ErrInvalid", err)
+	}
+}
+
+// A hub that gives long names must not make a version that cannot be read.
+func TestWhatIsBuiltCanBeRead(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("d/", 150)
+	var files []File
+	var names []string
+	for i := range MaxFiles {
+		name := fmt.Sprintf("%sf%06d", long, i)
+		files = append(files, file(name, ""))
+		names = append(names, name)
+	}
+	if _, _, err := Build(Model{Files: files}); !errors.Is(err, ErrInvalid) {
+		t.Errorf("build: got %v, want ErrInvalid", err)
+	}
+	if err := CheckNames(names); !errors.Is(err, ErrInvalid) {
+		t.Errorf("the names alone: got %v, want ErrInvalid", err)
+	}
+	if err := CheckNames(names[:1000]); err != nil {
+		t.Errorf("a thousand of them: %v", err)
 	}
 }
 

@@ -56,8 +56,12 @@ func plan(snap source.Snapshot) ([]*item, error) {
 	if len(snap.Files) == 0 {
 		return nil, fmt.Errorf("%w: it has no files", source.ErrInvalid)
 	}
-	if len(snap.Files) > modelpack.MaxFiles {
-		return nil, fmt.Errorf("%w: it has %d files, at most %d are kept", source.ErrInvalid, len(snap.Files), modelpack.MaxFiles)
+	paths := make([]string, len(snap.Files))
+	for i, f := range snap.Files {
+		paths[i] = f.Path
+	}
+	if err := modelpack.CheckNames(paths); err != nil {
+		return nil, fmt.Errorf("%w: %w", source.ErrInvalid, err)
 	}
 	if len(snap.References) == 0 {
 		return nil, fmt.Errorf("no name was given to publish it under")
@@ -67,9 +71,6 @@ func plan(snap source.Snapshot) ([]*item, error) {
 	items := make([]*item, 0, len(snap.Files))
 	var total int64
 	for _, f := range snap.Files {
-		if err := modelpack.CheckPath(f.Path); err != nil {
-			return nil, fmt.Errorf("%w: %w", source.ErrInvalid, err)
-		}
 		if names[f.Path] {
 			return nil, invalid(f, "it is listed twice")
 		}
