@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/larder-project/larder/internal/config"
+	"github.com/larder-project/larder/internal/gc"
 	"github.com/larder-project/larder/internal/store"
 	"github.com/larder-project/larder/internal/volume"
 )
@@ -152,6 +153,15 @@ func (a *app) volumes(ctx context.Context) (*volume.Manager, error) {
 		a.vols = m
 	}
 	return a.vols, nil
+}
+
+// collector removes from the store for this node.
+func (a *app) collector(ctx context.Context) (*gc.Collector, error) {
+	vols, err := a.volumes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &gc.Collector{Store: a.st, Node: vols.Node(), Sources: vols.Sources()}, nil
 }
 
 // getenv is os.Getenv on the app's environment.

@@ -53,14 +53,11 @@ force it. Several models are removed all or none.`,
 					names[i] = ref
 				}
 			}
-			vols, err := a.volumes(cmd.Context())
+			c, err := a.collector(cmd.Context())
 			if err != nil {
 				return err
 			}
-			res, err := gc.Remove(cmd.Context(), st, names, gc.Options{
-				Node: vols.Node(), Sources: vols.Sources(), Reason: "larder rm " + strings.Join(args, " "),
-				DryRun: dryRun, Now: now,
-			})
+			res, err := c.Remove(cmd.Context(), names, gc.Options{Reason: "larder rm " + strings.Join(args, " "), DryRun: dryRun, Now: now})
 			if err != nil {
 				return err
 			}

@@ -6,8 +6,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/larder-project/larder/internal/gc"
 	"github.com/larder-project/larder/internal/progress"
+	"github.com/larder-project/larder/internal/store"
 )
 
 func (a *app) cmdTrash() *cobra.Command {
@@ -51,11 +51,11 @@ func (a *app) cmdTrashEmpty() *cobra.Command {
 			if older < 0 {
 				return &usageError{err: fmt.Errorf("--older-than %s is not an age", older), hint: "write for instance --older-than 24h"}
 			}
-			st, err := a.store()
+			c, err := a.collector(cmd.Context())
 			if err != nil {
 				return err
 			}
-			gone, err := gc.EmptyTrash(cmd.Context(), st, time.Now().Add(-older))
+			gone, _, err := c.EmptyTrash(cmd.Context(), time.Now().Add(-older), store.Limit{})
 			var bytes int64
 			for _, r := range gone {
 				bytes += r.Size()

@@ -7,7 +7,6 @@ import (
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
-	"github.com/larder-project/larder/internal/gc"
 	"github.com/larder-project/larder/internal/progress"
 	"github.com/larder-project/larder/internal/store"
 )
@@ -48,7 +47,11 @@ restored version then has its commit or digest for a name.`,
 			if len(args) == 0 {
 				return a.listTrash(st)
 			}
-			r, err := gc.Undo(cmd.Context(), st, args[0])
+			c, err := a.collector(cmd.Context())
+			if err != nil {
+				return err
+			}
+			r, err := c.Undo(cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}

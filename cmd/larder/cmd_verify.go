@@ -96,10 +96,9 @@ func (a *app) verify(ctx context.Context, names []string, quarantine, quiet bool
 	for _, p := range found {
 		out := problem{Event: "problem", Digest: p.Digest.String(), What: p.What, Detail: p.Detail, Files: append([]string{}, p.Files...)}
 		if quarantine && p.Digest != "" && p.What != "missing" {
-			if err := st.Quarantine(ctx, p.Digest); err != nil {
+			if out.Quarantined, err = st.Quarantine(ctx, p); err != nil {
 				return err
 			}
-			out.Quarantined = true
 		}
 		if err := a.printProblem(out); err != nil {
 			return err

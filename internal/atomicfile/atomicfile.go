@@ -114,8 +114,8 @@ func SweepTemp(dir string) error {
 		return err
 	}
 	for _, e := range entries {
-		if !IsTemp(e.Name()) {
-			continue
+		if !IsTemp(e.Name()) || e.IsDir() {
+			continue // a folder is somebody else's
 		}
 		if err := ignoreAbsent(disk.Remove(filepath.Join(dir, e.Name()))); err != nil {
 			return err

@@ -17,13 +17,13 @@ import (
 // the same call again succeeds.
 func TestRemoveKilledAtEveryStep(t *testing.T) {
 	if dir := testenv.Child(); dir != "" {
-		if _, err := Remove(t.Context(), open(t, dir), []reference.Reference{ref(t, "m:1")}, Options{Node: "node"}); err != nil {
+		if _, err := collect(open(t, dir)).Remove(t.Context(), []reference.Reference{ref(t, "m:1")}, Options{}); err != nil {
 			t.Fatal(err)
 		}
 		return
 	}
 	everyStep(t, func(t *testing.T, s *store.Store) {
-		if _, err := Remove(t.Context(), s, []reference.Reference{ref(t, "m:1")}, Options{Node: "node"}); err != nil {
+		if _, err := collect(s).Remove(t.Context(), []reference.Reference{ref(t, "m:1")}, Options{}); err != nil {
 			t.Fatalf("the same call again: %v", err)
 		}
 		if has(t, s, "only in 1") {
@@ -43,7 +43,7 @@ func TestUndoKilledAtEveryStep(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, r := range trash {
-			err := s.Exclusive(t.Context(), func(x *store.Exclusive) error { _, err := x.Restore(r.ID); return err })
+			err := s.Exclusive(t.Context(), func(x *store.Exclusive) error { _, err := x.Restore(r.ID, nil); return err })
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -53,14 +53,14 @@ func TestUndoKilledAtEveryStep(t *testing.T) {
 		s := open(t, dir)
 		// Its steps come first and are the same each time; only those of undo
 		// are new here, but a kill in any of them must be harmless.
-		if _, err := Remove(t.Context(), s, []reference.Reference{ref(t, "m:1")}, Options{Node: "node"}); err != nil {
+		if _, err := collect(s).Remove(t.Context(), []reference.Reference{ref(t, "m:1")}, Options{}); err != nil {
 			t.Fatal(err)
 		}
 		undo(t, s)
 		return
 	}
 	everyStep(t, func(t *testing.T, s *store.Store) {
-		if _, err := Recover(t.Context(), s); err != nil {
+		if _, err := collect(s).Recover(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		undo(t, s)

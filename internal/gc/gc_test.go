@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
@@ -59,6 +58,11 @@ func publish(ctx context.Context, s *store.Store, name string, contents ...strin
 	return s.Publish(ctx, l, m, []reference.Reference{r})
 }
 
+// collect is a collector for the node "node".
+func collect(s *store.Store, sources ...usage.Source) *Collector {
+	return &Collector{Store: s, Node: "node", Sources: sources}
+}
+
 func mustPublish(t *testing.T, s *store.Store, name string, contents ...string) store.Version {
 	t.Helper()
 	v, err := publish(t.Context(), s, name, contents...)
@@ -102,14 +106,14 @@ func TestRemoveTakesOnlyWhatNothingElseReaches(t *testing.T) {
 	s := open(t, t.TempDir()+"/s")
 	mustPublish(t, s, "m:1", "shared", "only in 1")
 	mustPublish(t, s, "m:2", "shared", "only in 2")
-	dry, err := Remove(t.Context(), s, []reference.Reference{ref(t, "m:1")}, Options{Node: "node", DryRun: true})
+	dry, err := collect(s).Remove(t.Context(), []reference.Reference{ref(t, "m:1")}, Options{DryRun: true})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if !has(t, s, "only in 1") {
 		t.Fatal("a dry run removed a blob")
 	}
-	got, err := Remove(t.Context(), s, []reference.Reference{ref(t, "m:1")}, Options{Node: "node", Reason: "test"})
+	got, err := collect(s).Remove(t.Context(), []reference.Reference{ref(t, "m:1")}, Options{Reason: "test"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,11 +128,11 @@ func TestRemoveTakesOnlyWhatNothingElseReaches(t *testing.T) {
 	}
 	checkClean(t, s)
 	// Repeated, it says so; undone, everything is back.
-	again, err := Remove(t.Context(), s, []reference.Reference{ref(t, "m:1")}, Options{Node: "node"})
+	again, err := collect(s).Remove(t.Context(), []reference.Reference{ref(t, "m:1")}, Options{})
 	if err != nil || !again.Already {
 		t.Errorf("repeat: %+v %v, want Already", again, err)
 	}
-	err = s.Exclusive(t.Context(), func(x *store.Exclusive) error { _, err := x.Restore(got.ID); return err })
+	err = s.Exclusive(t.Context(), func(x *store.Exclusive) error { _, err := x.Restore(got.ID, nil); return err })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -149,20 +153,21 @@ func TestRemoveOfOneNameLeavesTheOthers(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"m", "m:~1"} {
-		if _, err := Remove(t.Context(), s, []reference.Reference{ref(t, name)}, Options{Node: "node"}); !errors.Is(err, ErrAmbiguous) {
+		if _, err := collect(s).Remove(t.Context(), []reference.Reference{ref(t, name)}, Options{}); !errors.Is(err, ErrAmbiguous) {
 			t.Errorf("%s: got %v, want ErrAmbiguous", name, err)
 		}
 	}
-	got, err := Remove(t.Context(), s, []reference.Reference{ref(t, "m:1")}, Options{Node: "node"})
+	got, err := collect(s).Remove(t.Context(), []reference.Reference{ref(t, "m:1")}, Options{})
 	if err != nil || len(got.Versions) != 0 || got.Bytes != 0 || !has(t, s, "a") {
 		t.Errorf("got %+v %v; the version has another name and must stay", got, err)
 	}
-	got, err = Remove(t.Context(), s, []reference.Reference{ref(t, string(v.Digest))}, Options{Node: "node", Now: true})
+	got, err = collect(s).Remove(t.Context(), []reference.Reference{ref(t, string(v.Digest))}, Options{Now: true})
 	if err != nil || len(got.Versions) != 1 || has(t, s, "a") {
 		t.Errorf("got %+v %v; by its digest the whole version goes", got, err)
 	}
-	if entries, err := os.ReadDir(filepath.Join(s.Dir(), "trash")); err != nil || len(entries) != 0 {
-		t.Errorf("the trash has %v, %v; nothing was to be kept", entries, err)
+	// "Now" is said of what is removed now; the trash keeps the rest.
+	if trash, err := s.Trash(); err != nil || len(trash) != 1 || trash[0].References[0].Annotations[v1.AnnotationRefName] != "m:1" {
+		t.Errorf("the trash has %v, %v; the earlier removal was to be kept", trash, err)
 	}
 }
 
@@ -171,7 +176,7 @@ func TestVersionInUseIsRefusedByEveryKindOfUse(t *testing.T) {
 	s := open(t, t.TempDir()+"/s")
 	v := mustPublish(t, s, "m:1", "a")
 	try := func(sources ...usage.Source) error {
-		_, err := Remove(t.Context(), s, []reference.Reference{ref(t, "m:1")}, Options{Node: "node", Sources: sources})
+		_, err := collect(s, sources...).Remove(t.Context(), []reference.Reference{ref(t, "m:1")}, Options{})
 		return err
 	}
 	var inUse *InUseError
@@ -215,7 +220,7 @@ func TestLeasedBlobsStay(t *testing.T) {
 	if err := l.Hold(t.Context(), digest.FromString("held")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Remove(t.Context(), s, []reference.Reference{ref(t, "m:1")}, Options{Node: "node"}); err != nil {
+	if _, err := collect(s).Remove(t.Context(), []reference.Reference{ref(t, "m:1")}, Options{}); err != nil {
 		t.Fatal(err)
 	}
 	if !has(t, s, "held") || has(t, s, "free") {
@@ -232,14 +237,14 @@ func TestDamagedManifestOfAnotherVersionStopsRemoval(t *testing.T) {
 	if err := os.Remove(s.BlobPath(other.Digest)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Remove(t.Context(), s, []reference.Reference{ref(t, "m:1")}, Options{Node: "node"}); err == nil {
+	if _, err := collect(s).Remove(t.Context(), []reference.Reference{ref(t, "m:1")}, Options{}); err == nil {
 		t.Error("removed, though what another version needs is not known")
 	}
 	if !has(t, s, "a") {
 		t.Error("a refused removal removed a blob")
 	}
 	// The damaged one itself can go.
-	if _, err := Remove(t.Context(), s, []reference.Reference{ref(t, "m:2")}, Options{Node: "node"}); err != nil {
+	if _, err := collect(s).Remove(t.Context(), []reference.Reference{ref(t, "m:2")}, Options{}); err != nil {
 		t.Error(err)
 	}
 }
@@ -263,7 +268,7 @@ func TestPullsThatReuseWhatIsBeingRemovedEndWhole(t *testing.T) {
 			}
 			for _, v := range versions {
 				if slices.ContainsFunc(v.References, func(r string) bool { return r == "old:1" }) {
-					_, err := Remove(t.Context(), s, []reference.Reference{ref(t, "old:1")}, Options{Node: "node", Now: true})
+					_, err := collect(s).Remove(t.Context(), []reference.Reference{ref(t, "old:1")}, Options{Now: true})
 					if err != nil && !errors.Is(err, store.ErrNotFound) {
 						t.Error(err)
 					}
@@ -324,12 +329,11 @@ func TestTrashIsEmptiedByAge(t *testing.T) {
 	t.Parallel()
 	s := open(t, t.TempDir()+"/s")
 	mustPublish(t, s, "m:1", "a")
-	if _, err := Remove(t.Context(), s, []reference.Reference{ref(t, "m:1")}, Options{Node: "node"}); err != nil {
+	if _, err := collect(s).Remove(t.Context(), []reference.Reference{ref(t, "m:1")}, Options{}); err != nil {
 		t.Fatal(err)
 	}
 	empty := func(before time.Time) int {
-		var gone []store.Removal
-		err := s.Exclusive(t.Context(), func(x *store.Exclusive) (err error) { gone, err = x.EmptyTrash(before); return err })
+		gone, _, err := collect(s).EmptyTrash(t.Context(), before, store.Limit{})
 		if err != nil {
 			t.Fatal(err)
 		}

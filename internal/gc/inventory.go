@@ -1,10 +1,15 @@
 package gc
 
 import (
+	"context"
+	"fmt"
+	"io/fs"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/larder-project/larder/internal/disk"
+	"github.com/larder-project/larder/internal/retention"
 	"github.com/larder-project/larder/internal/store"
 	"github.com/larder-project/larder/internal/usage"
 )
@@ -12,8 +17,9 @@ import (
 // Inventory is what a store holds and who uses it, at one moment.
 type Inventory struct {
 	Time     time.Time
-	Versions []VersionInfo
-	Blobs    []BlobInfo // every blob of the store, in no order
+	Versions []VersionInfo // newest first
+	Blobs    []BlobInfo
+	Partials []store.Partial // in ingest/, left by pulls that broke off
 	Usage    store.Usage
 	Trash    []store.Removal
 
@@ -27,20 +33,213 @@ type Inventory struct {
 // VersionInfo is one version with its uses.
 type VersionInfo struct {
 	store.Version
-	Layers   []int32 // its distinct blobs, manifest and config among them: indices into Inventory.Blobs
-	Size     int64   // bytes of its distinct blobs
-	Unique   int64   // of these, bytes of blobs that no other version has
-	LastUsed time.Time
-	Pin      *store.Pin // nil: not pinned
+	Layers   []int32   // its distinct blobs, the manifest first: indices into Inventory.Blobs
+	Size     int64     // bytes of its distinct blobs
+	Unique   int64     // of these, bytes of blobs that nothing else needs
+	LastUsed time.Time // zero: never known to be used
+	Pin      *store.Pin
 	Uses     []usage.Use
-	Damaged  string // why its manifest cannot be read; it is then never removed by a plan
+	Damaged  string // why its manifest cannot be read; empty as a rule
 }
 
 // BlobInfo is one blob.
 type BlobInfo struct {
 	Hash     store.Hash
-	Size     int64
-	Versions int32  // how many versions need it
-	Lease    string // name of a lease that holds it, or empty
-	Foreign  bool   // an entry of another tool in the OCI layout needs it
+	Size     int64     // bytes; 0 for one that is not there
+	Since    time.Time // when it came
+	Versions int32     // how many versions need it
+	Held     string    // what else needs it: a lease, an entry of another tool
+	There    bool      // it is in the store; else a version lacks it
+}
+
+// Version finds a version of the inventory.
+func (inv *Inventory) Version(d digest.Digest) (*VersionInfo, bool) {
+	i, ok := inv.byDigest[d]
+	if !ok {
+		return nil, false
+	}
+	return &inv.Versions[i], true
+}
+
+// Look takes the inventory. Sources that fail are in it; what of the store
+// itself cannot be read is an error.
+func (c *Collector) Look(ctx context.Context) (*Inventory, error) {
+	inv, err := c.look(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("take inventory: %w", err)
+	}
+	return inv, nil
+}
+
+func (c *Collector) look(ctx context.Context) (*Inventory, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	// Most manifests are read before the lock is taken.
+	if entries, err := c.Store.Index(); err == nil {
+		c.known().update(entries)
+	}
+	inv := &Inventory{Time: c.now(), byDigest: map[digest.Digest]int{}}
+	var r roots
+	g := c.known()
+	err := c.Store.Exclusive(ctx, func(x *store.Exclusive) (err error) {
+		g.update(x.Index())
+		r, inv.Failed, err = c.gather(ctx, x)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	used, err := c.Store.LastUsed()
+	if err != nil {
+		return nil, err
+	}
+	if inv.Trash, err = c.Store.Trash(); err != nil {
+		return nil, err
+	}
+	if inv.Partials, err = c.Store.Partials(); err != nil {
+		return nil, err
+	}
+	if inv.Usage, err = c.Store.UsageBesideBlobs(); err != nil {
+		return nil, err
+	}
+	if err := inv.blobs(c.Store, g, r); err != nil {
+		return nil, err
+	}
+	return inv, inv.versions(c.Store, g, r, used)
+}
+
+// blobs lists what the graph knows and what lies in the store besides.
+func (inv *Inventory) blobs(st *store.Store, g *graph, r roots) error {
+	inv.Blobs = make([]BlobInfo, len(g.hashes))
+	for n, h := range g.hashes {
+		inv.Blobs[n].Hash = h
+	}
+	err := st.Blobs(func(h store.Hash, fi fs.FileInfo) {
+		n := g.id(h)
+		if int(n) == len(inv.Blobs) {
+			inv.Blobs = append(inv.Blobs, BlobInfo{Hash: h})
+		}
+		b := &inv.Blobs[n]
+		b.Size, b.Since, b.There = fi.Size(), store.Changed(fi), true
+		inv.Usage.Blobs += disk.Allocated(fi)
+		inv.Usage.Files++
+	})
+	if err != nil {
+		return err
+	}
+	for d, lease := range r.leased {
+		if h, ok := store.HashOf(d); ok {
+			if n, ok := g.number[h]; ok {
+				inv.Blobs[n].Held = "lease " + lease
+			}
+		}
+	}
+	return nil
+}
+
+func (inv *Inventory) versions(st *store.Store, g *graph, r roots, used map[digest.Digest]time.Time) error {
+	versions, err := st.Versions()
+	if err != nil {
+		return err
+	}
+	foreign := make(map[digest.Digest]bool, len(g.live))
+	for d := range g.live {
+		foreign[d] = true
+	}
+	for _, v := range versions {
+		delete(foreign, v.Digest)
+		if !g.live[v.Digest] {
+			continue // came after the lock was given back
+		}
+		info := VersionInfo{Version: v, Layers: g.layers[v.Digest], LastUsed: used[v.Digest], Uses: r.uses[v.Digest]}
+		if p, ok := r.pins[v.Digest]; ok {
+			info.Pin = &p
+		}
+		if err := g.broken[v.Digest]; err != nil {
+			info.Damaged = err.Error()
+		}
+		if len(info.Uses) > 0 {
+			info.LastUsed = inv.Time
+		}
+		inv.byDigest[v.Digest] = len(inv.Versions)
+		inv.Versions = append(inv.Versions, info)
+		for _, n := range info.Layers {
+			inv.Blobs[n].Versions++
+		}
+	}
+	for d := range foreign {
+		for _, n := range g.layers[d] {
+			inv.Blobs[n].Held = "an entry of another tool in index.json"
+		}
+	}
+	for i := range inv.Versions {
+		v := &inv.Versions[i]
+		for _, n := range v.Layers {
+			b := &inv.Blobs[n]
+			v.Size += b.Size
+			if b.Versions == 1 && b.Held == "" {
+				v.Unique += b.Size
+			}
+		}
+	}
+	return nil
+}
+
+// Input is what package retention plans from.
+func (inv *Inventory) Input() retention.Input {
+	in := retention.Input{
+		Versions: make([]retention.Version, len(inv.Versions)),
+		Blobs:    make([]retention.Blob, len(inv.Blobs)),
+		Free:     inv.Usage.Free, Capacity: inv.Usage.Capacity, Trash: inv.Usage.Trash,
+		Now: inv.Time,
+	}
+	for i, v := range inv.Versions {
+		out := retention.Version{Digest: v.Digest, References: v.References, Created: v.Created, LastUsed: v.LastUsed, InUse: users(v.Uses), Layers: v.Layers}
+		if v.Pin != nil {
+			out.Pinned = v.Pin.Text()
+		}
+		if v.Damaged != "" {
+			// What it needs is not known.
+			out.InUse = append(out.InUse, "nobody can tell: its manifest is damaged")
+		}
+		in.Versions[i] = out
+	}
+	for i, b := range inv.Blobs {
+		in.Blobs[i] = retention.Blob{Size: b.Size, Held: b.Held != ""}
+	}
+	return in
+}
+
+// Note records, in the store, that what is in use now was used now, and which
+// versions this node uses, for the other nodes of a shared store. Records of
+// use that have become void go. It does nothing where a source has failed: what
+// was in use may still be.
+func (c *Collector) Note(ctx context.Context, inv *Inventory) error {
+	for _, v := range inv.Versions {
+		if len(v.Uses) > 0 {
+			c.Store.TouchUsage(c.Node, v.Digest)
+		}
+	}
+	if len(inv.Failed) > 0 {
+		return nil
+	}
+	err := c.Store.Exclusive(ctx, func(x *store.Exclusive) error {
+		r, err := c.certain(ctx, x)
+		if err != nil {
+			return err
+		}
+		for d := range r.here {
+			if err := c.Store.Use(c.Node, d); err != nil {
+				return err
+			}
+		}
+		if err := x.Forget(c.Node, r.here); err != nil {
+			return err
+		}
+		return x.ForgetUsage()
+	})
+	if err != nil {
+		return fmt.Errorf("record what this node uses: %w", err)
+	}
+	return nil
 }

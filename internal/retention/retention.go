@@ -72,8 +72,9 @@ type Decision struct {
 	Reason     Reason
 	// Why is the reason in words, with its numbers: "not used for 41 days, the
 	// limit is 30 days; not among the newest 3".
-	Why  string
-	Rule string // of the policy: "rules[1] (ci-*)", "pressure", or empty
+	Why      string
+	Rule     string    // of the policy: "rules[1] (ci-*)", "pressure", or empty
+	LastUsed time.Time // as the plan saw it
 	// Frees is how many bytes go with it, after those that the plan removes
 	// before it. Zero for what stays.
 	Frees int64

@@ -264,7 +264,7 @@ func (s *Store) setReferences(ctx context.Context, desc v1.Descriptor, source, r
 	if err := atomicfile.SweepTemp(s.dir); err != nil {
 		return Version{}, fmt.Errorf("sweep %s: %w", s.dir, err)
 	}
-	next := withReferences(index, desc, source, revision, refs, time.Now())
+	next := withReferences(index, desc, source, revision, refs, s.now())
 	if !slices.EqualFunc(index.Manifests, next.Manifests, sameEntry) {
 		if err := s.writeIndex(next); err != nil {
 			return Version{}, err
@@ -315,7 +315,7 @@ func withReferences(index v1.Index, desc v1.Descriptor, source, revision string,
 		// cannot move, until somebody or a policy removes it.
 		kept[d.Digest] = true
 		d.Annotations = cloneAnnotations(d.Annotations)
-		d.Annotations[v1.AnnotationRefName] = lastingReference(d)
+		d.Annotations[v1.AnnotationRefName] = lastingReference(d, index.Manifests)
 		out.Manifests = append(out.Manifests, d)
 	}
 	for _, r := range refs {
@@ -339,9 +339,17 @@ func withReferences(index v1.Index, desc v1.Descriptor, source, revision string,
 	return out
 }
 
-func lastingReference(d v1.Descriptor) string {
+// lastingReference is a name that cannot move: by the commit or the digest of
+// the version. One that another version has is no name: a pull of some files
+// of a commit and one of all of them make two versions of that commit.
+func lastingReference(d v1.Descriptor, index []v1.Descriptor) string {
+	taken := func(name string) bool {
+		return slices.ContainsFunc(index, func(o v1.Descriptor) bool {
+			return o.Digest != d.Digest && o.Annotations[v1.AnnotationRefName] == name
+		})
+	}
 	source, rev := d.Annotations[modelpack.AnnotationSource], d.Annotations[modelpack.AnnotationRevision]
-	if r, err := reference.Parse(source + "@" + rev); err == nil && r.Kind == reference.Hub && reference.IsCommit(rev) {
+	if r, err := reference.Parse(source + "@" + rev); err == nil && r.Kind == reference.Hub && reference.IsCommit(rev) && !taken(r.String()) {
 		return r.String()
 	}
 	if r, err := reference.Parse(d.Annotations[v1.AnnotationRefName]); err == nil && r.Kind == reference.Short {

@@ -10,11 +10,9 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 
-	"github.com/larder-project/larder/internal/atomicfile"
 	"github.com/larder-project/larder/internal/disk"
 	"github.com/larder-project/larder/internal/modelpack"
 )
@@ -29,6 +27,7 @@ type Lease struct {
 
 	mu   sync.Mutex
 	file *disk.File
+	size int64 // of the file, which ends with a whole line
 	held map[digest.Digest]bool
 }
 
@@ -87,8 +86,15 @@ func (l *Lease) Hold(ctx context.Context, digests ...digest.Digest) error {
 		return nil
 	}
 	err := l.s.Shared(ctx, func() error {
-		_, err := l.file.Write([]byte(text.String()))
-		return err
+		n, err := l.file.Write([]byte(text.String()))
+		if err != nil && n > 0 {
+			// Half a line would be read as damage, and stop every removal.
+			err = errors.Join(err, l.file.Truncate(l.size))
+		}
+		if err == nil {
+			l.size += int64(n)
+		}
+		return full(err)
 	})
 	if err != nil {
 		return fmt.Errorf("hold digest: %w", err)
@@ -163,117 +169,4 @@ func readLease(path, name string, out map[digest.Digest]string) error {
 		out[d] = name
 	}
 	return lines.Err()
-}
-
-// Use records durably that this node's volumes use a version. It is cheap when
-// the record is there already. The caller is inside Shared.
-func (s *Store) Use(node string, version digest.Digest) error {
-	if err := errors.Join(CheckNode(node), modelpack.CheckDigest(version)); err != nil {
-		return fmt.Errorf("record use: %w", err)
-	}
-	path := s.path("leases", node, version.Encoded())
-	if _, err := os.Lstat(path); err == nil {
-		return nil
-	}
-	dir := filepath.Dir(path)
-	if err := disk.MkdirAll(dir, 0o755); err != nil {
-		return fmt.Errorf("record use of %s: %w", version, err)
-	}
-	f, err := disk.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o644)
-	if err != nil {
-		return fmt.Errorf("record use of %s: %w", version, err)
-	}
-	if err := f.Close(); err != nil {
-		return fmt.Errorf("record use of %s: %w", version, err)
-	}
-	if err := errors.Join(disk.SyncDir(dir), disk.SyncDir(filepath.Dir(dir))); err != nil {
-		return fmt.Errorf("record use of %s: %w", version, err)
-	}
-	return nil
-}
-
-// Users maps each version in use on some node to the names of those nodes.
-func (s *Store) Users() (map[digest.Digest][]string, error) {
-	out := map[digest.Digest][]string{}
-	nodes, err := os.ReadDir(s.path("leases"))
-	if err != nil {
-		return nil, fmt.Errorf("read node leases: %w", err)
-	}
-	for _, node := range nodes {
-		entries, err := os.ReadDir(s.path("leases", node.Name()))
-		if err != nil {
-			return nil, fmt.Errorf("read node leases: %w", err)
-		}
-		for _, e := range entries {
-			if isBlobName(e.Name()) {
-				d := digest.NewDigestFromEncoded(digest.SHA256, e.Name())
-				out[d] = append(out[d], node.Name())
-			}
-		}
-	}
-	return out, nil
-}
-
-// ownerName is the file in a node's folder of leases that says which STATE
-// folder speaks for the node.
-const ownerName = "owner"
-
-// Claim makes the STATE folder with this id the one that speaks for a node, or
-// finds that it is. Two that spoke for one node would drop each other's
-// records of use.
-func (s *Store) Claim(node, id string) error {
-	if err := CheckNode(node); err != nil {
-		return fmt.Errorf("claim node: %w", err)
-	}
-	path := s.path("leases", node, ownerName)
-	have, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		if err := disk.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			return fmt.Errorf("claim node %s: %w", node, err)
-		}
-		if err := atomicfile.Write(path, []byte(id+"\n"), 0o644); err != nil {
-			return fmt.Errorf("claim node %s: %w", node, err)
-		}
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("claim node %s: %w", node, err)
-	}
-	if strings.TrimSpace(string(have)) != id {
-		return fmt.Errorf("claim node %s: %w by another state folder; give this one a name of its own (--node), or, if the other is gone for good, remove %s", node, ErrInUse, path)
-	}
-	return nil
-}
-
-// TouchUsage notes that a version is being used on a node, by the time of
-// change of a file. It is statistics: a failure loses nothing.
-func (s *Store) TouchUsage(node string, version digest.Digest) {
-	path := s.path("usage", node, version.Encoded())
-	now := time.Now()
-	if err := disk.Touch(path, now); !errors.Is(err, fs.ErrNotExist) {
-		return
-	}
-	if err := disk.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return
-	}
-	if f, err := disk.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o644); err == nil {
-		_ = f.Close()
-	}
-}
-
-// LastUsed is when a version was last mounted or unmounted on any node, or the
-// zero time.
-func (s *Store) LastUsed(version digest.Digest) (time.Time, error) {
-	nodes, err := os.ReadDir(s.path("usage"))
-	if err != nil {
-		return time.Time{}, fmt.Errorf("read usage: %w", err)
-	}
-	var last time.Time
-	for _, node := range nodes {
-		fi, err := os.Lstat(s.path("usage", node.Name(), version.Encoded()))
-		if err == nil && fi.ModTime().After(last) {
-			last = fi.ModTime()
-		}
-	}
-	return last, nil
 }

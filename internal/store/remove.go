@@ -9,13 +9,10 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/larder-project/larder/internal/atomicfile"
 	"github.com/larder-project/larder/internal/disk"
 )
 
@@ -56,18 +53,34 @@ func (x *Exclusive) Index() []v1.Descriptor { return x.index.Manifests }
 // the name of a lease that holds it.
 func (x *Exclusive) Leased() (map[digest.Digest]string, error) { return x.s.leased() }
 
+// IsModel tells Larder's entries of index.json from what other tools may keep
+// in the layout.
+func IsModel(d v1.Descriptor) bool { return isModel(d) }
+
+// isManifest tells whether a descriptor's content names other blobs.
+func isManifest(d v1.Descriptor) bool {
+	switch d.MediaType {
+	case v1.MediaTypeImageManifest, v1.MediaTypeImageIndex,
+		"application/vnd.docker.distribution.manifest.v2+json", "application/vnd.docker.distribution.manifest.list.v2+json":
+		return true
+	}
+	return false
+}
+
 // Links lists the digests that a descriptor's content names: config and layers
 // of a manifest, manifests of an index, with their sizes in bytes. A file has
 // none. Content that cannot be read is an error: what it names is unknown, so
 // nothing may be removed.
 func (s *Store) Links(d v1.Descriptor) ([]v1.Descriptor, error) {
-	switch d.MediaType {
-	case v1.MediaTypeImageManifest, v1.MediaTypeImageIndex,
-		"application/vnd.docker.distribution.manifest.v2+json", "application/vnd.docker.distribution.manifest.list.v2+json":
-	default:
+	if !isManifest(d) {
 		return nil, nil
 	}
-	data, err := s.readBlob(d.Digest, maxIndexBytes)
+	return linksOf(d, s.BlobPath(d.Digest))
+}
+
+// linksOf reads the links of a manifest whose blob is at path.
+func linksOf(d v1.Descriptor, path string) ([]v1.Descriptor, error) {
+	data, err := readChecked(path, d.Digest, maxIndexBytes)
 	if err != nil {
 		return nil, err
 	}
@@ -89,77 +102,98 @@ func (s *Store) Links(d v1.Descriptor) ([]v1.Descriptor, error) {
 	return out, nil
 }
 
-// Blob is a blob with its size in bytes.
-type Blob struct {
-	Digest digest.Digest `json:"digest"`
-	Size   int64         `json:"size"`
-}
-
-// Removal is the record of one removal, kept beside what it removed. It is
-// what undo works from.
-type Removal struct {
-	ID         string          `json:"id"`
-	Time       time.Time       `json:"time"`
-	Reason     string          `json:"reason"`     // why, for a person
-	References []v1.Descriptor `json:"references"` // entries taken from index.json
-	Blobs      []Blob          `json:"blobs"`      // taken from blobs/, manifests first
-}
-
-// Size is the sum of the blobs' sizes, in bytes.
-func (r Removal) Size() int64 {
-	var n int64
-	for _, b := range r.Blobs {
-		n += b.Size
-	}
-	return n
-}
-
-// A removal's record has the first name while it is under way, the second once
-// everything it lists is in its folder.
-const (
-	pendingName = "pending.json"
-	removalName = "removal.json"
-)
-
 // Remove takes references out of index.json and moves blobs to the trash. The
 // caller has found, under this same lock, that no root reaches those blobs.
 //
 // Steps: record durable, index.json without the references durable, blobs
 // moved, record renamed. A crash before the second step cancels the removal, a
-// later one leaves it to Recover.
+// later one leaves it to Recover. So does an error: only a removal that has not
+// taken effect is taken back.
 func (x *Exclusive) Remove(r Removal) (Removal, error) {
 	r.ID = r.Time.UTC().Format("20060102T150405Z") + "-" + randomID()
-	dir := x.s.path("trash", r.ID)
-	if err := disk.Mkdir(dir, 0o755); err != nil {
-		return r, fmt.Errorf("remove: %w", full(err))
+	begin := func() error {
+		if err := disk.Mkdir(x.s.trashDir(r.ID), 0o755); err != nil {
+			return full(err)
+		}
+		if err := x.s.writeRemoval(r, pendingName); err != nil {
+			return err
+		}
+		return disk.SyncDir(x.s.path(trashName))
 	}
-	data, err := json.Marshal(r)
-	if err != nil {
-		return r, fmt.Errorf("remove: %w", err)
+	if err := x.withReserve(begin, r.ID); err != nil {
+		return r, errors.Join(fmt.Errorf("remove: %w", err), disk.RemoveAll(x.s.trashDir(r.ID)))
 	}
-	if err := atomicfile.Write(filepath.Join(dir, pendingName), data, 0o644); err != nil {
-		return r, errors.Join(fmt.Errorf("remove: %w", full(err)), disk.RemoveAll(dir))
+	if len(r.References) > 0 {
+		gone := entriesOf(r.References)
+		next := x.index
+		next.Manifests = slices.DeleteFunc(slices.Clone(x.index.Manifests), func(d v1.Descriptor) bool { return gone[entryOf(d)] })
+		if next.Manifests == nil {
+			next.Manifests = []v1.Descriptor{}
+		}
+		if err := x.withReserve(func() error { return x.s.writeIndex(next) }, ""); err != nil {
+			err = fmt.Errorf("remove: %w", err)
+			// It may have taken effect and not be known to be durable. Then
+			// the record is all that is left of the references.
+			now, readErr := x.s.readIndex()
+			if readErr == nil && standing(now.Manifests, r.References) == len(r.References) {
+				err = errors.Join(err, disk.RemoveAll(x.s.trashDir(r.ID)))
+			}
+			return r, err
+		}
+		x.index = next
 	}
-	if err := disk.SyncDir(x.s.path("trash")); err != nil {
-		return r, fmt.Errorf("remove: %w", err)
+	return r, x.s.moveToTrash(r)
+}
+
+// withReserve tries again with the reserve given back where the file system is
+// full. A folder of a removal that the first attempt began is made anew.
+func (x *Exclusive) withReserve(f func() error, id string) error {
+	err := f()
+	if !errors.Is(err, ErrFull) || !x.s.spendReserve() {
+		return err
 	}
-	next := x.index
-	next.Manifests = slices.DeleteFunc(slices.Clone(x.index.Manifests), func(d v1.Descriptor) bool {
-		return slices.ContainsFunc(r.References, func(gone v1.Descriptor) bool { return sameEntry(d, gone) })
-	})
-	if next.Manifests == nil {
-		next.Manifests = []v1.Descriptor{}
+	if id != "" {
+		if err := disk.RemoveAll(x.s.trashDir(id)); err != nil {
+			return err
+		}
 	}
-	if err := x.s.writeIndex(next); err != nil {
-		return r, errors.Join(fmt.Errorf("remove: %w", err), disk.RemoveAll(dir))
+	return f()
+}
+
+type entry struct {
+	digest digest.Digest
+	name   string
+}
+
+// entryOf is what tells entries of index.json apart.
+func entryOf(d v1.Descriptor) entry {
+	return entry{d.Digest, d.Annotations[v1.AnnotationRefName]}
+}
+
+func entriesOf(list []v1.Descriptor) map[entry]bool {
+	out := make(map[entry]bool, len(list))
+	for _, d := range list {
+		out[entryOf(d)] = true
 	}
-	x.index = next
-	return r, x.s.moveToTrash(dir, r.Blobs)
+	return out
+}
+
+// standing counts how many entries of a removal index.json has.
+func standing(index, entries []v1.Descriptor) int {
+	want := entriesOf(entries)
+	n := 0
+	for _, d := range index {
+		if want[entryOf(d)] {
+			n++
+		}
+	}
+	return n
 }
 
 // moveToTrash finishes a removal whose references are gone.
-func (s *Store) moveToTrash(dir string, blobs []Blob) error {
-	for _, b := range blobs {
+func (s *Store) moveToTrash(r Removal) error {
+	dir := s.trashDir(r.ID)
+	for _, b := range r.Blobs {
 		err := disk.Rename(s.BlobPath(b.Digest), filepath.Join(dir, b.Digest.Encoded()))
 		if err := ignoreAbsent(err); err != nil {
 			return fmt.Errorf("move to trash: %w", err)
@@ -168,107 +202,104 @@ func (s *Store) moveToTrash(dir string, blobs []Blob) error {
 	if err := errors.Join(disk.SyncDir(s.path(blobsName, sha256Name)), disk.SyncDir(dir)); err != nil {
 		return fmt.Errorf("move to trash: %w", err)
 	}
+	s.note(Event{Event: Removed, Removal: r.ID, Time: r.Time, Node: r.Node, By: r.By, Reason: r.Reason, Versions: r.Versions, Bytes: r.Size(), Blobs: len(r.Blobs)})
 	if err := disk.Rename(filepath.Join(dir, pendingName), filepath.Join(dir, removalName)); err != nil {
 		return fmt.Errorf("move to trash: %w", err)
 	}
 	return disk.SyncDir(dir)
 }
 
+// Pending tells whether a removal was cut short, so that Recover has work.
+func (s *Store) Pending() (bool, error) {
+	pending, err := s.removals(pendingName)
+	return len(pending) > 0, err
+}
+
 // Recover finishes removals that a crash cut short, and cancels those that had
-// not taken effect. reachable must hold every digest that any root reaches now.
-// It returns the removals it finished.
-func (x *Exclusive) Recover(reachable map[digest.Digest]bool) ([]Removal, error) {
-	pending, err := x.s.pending()
+// not taken effect. reachable must tell for each digest whether any root
+// reaches it now. It returns the removals it finished.
+func (x *Exclusive) Recover(reachable func(digest.Digest) bool) ([]Removal, error) {
+	pending, err := x.s.removals(pendingName)
 	if err != nil {
 		return nil, err
 	}
 	var done []Removal
 	for _, r := range pending {
-		dir := x.s.path("trash", r.ID)
-		standing := slices.ContainsFunc(r.References, func(gone v1.Descriptor) bool {
-			return slices.ContainsFunc(x.index.Manifests, func(d v1.Descriptor) bool { return sameEntry(d, gone) })
-		})
-		if standing {
-			if err := x.cancel(dir); err != nil {
+		stand := standing(x.index.Manifests, r.References)
+		if len(r.References) > 0 && stand == len(r.References) {
+			if err := x.cancel(r); err != nil {
 				return done, err
 			}
 			continue
 		}
-		r.Blobs = slices.DeleteFunc(r.Blobs, func(b Blob) bool { return reachable[b.Digest] })
-		if err := x.s.moveToTrash(dir, r.Blobs); err != nil {
+		// Some may have come back since, and with them blobs.
+		next := r
+		have := entriesOf(x.index.Manifests)
+		back := map[digest.Digest]bool{}
+		next.References = slices.DeleteFunc(slices.Clone(r.References), func(d v1.Descriptor) bool {
+			if have[entryOf(d)] {
+				back[d.Digest] = true
+				return true
+			}
+			return false
+		})
+		next.Versions = slices.DeleteFunc(slices.Clone(r.Versions), func(v RemovedVersion) bool { return back[v.Digest] })
+		next.Blobs = slices.DeleteFunc(slices.Clone(r.Blobs), func(b Blob) bool { return reachable(b.Digest) })
+		if len(next.Blobs) < len(r.Blobs) || stand > 0 {
+			for _, b := range r.Blobs {
+				if reachable(b.Digest) {
+					if err := x.s.moveBack(filepath.Join(x.s.trashDir(r.ID), b.Digest.Encoded()), b.Digest); err != nil {
+						return done, err
+					}
+				}
+			}
+			if err := disk.SyncDir(x.s.path(blobsName, sha256Name)); err != nil {
+				return done, err
+			}
+			if err := x.s.writeRemoval(next, pendingName); err != nil {
+				return done, err
+			}
+		}
+		if err := x.s.moveToTrash(next); err != nil {
 			return done, err
 		}
-		done = append(done, r)
+		done = append(done, next)
 	}
 	return done, nil
 }
 
-// cancel drops the record of a removal whose references stand (again). Blobs
-// that it had moved go back first.
-func (x *Exclusive) cancel(dir string) error {
-	if err := x.s.moveBack(dir); err != nil {
-		return err
+// cancel drops the record of a removal whose references stand. Blobs that it
+// had moved go back first.
+func (x *Exclusive) cancel(r Removal) error {
+	dir := x.s.trashDir(r.ID)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("cancel removal %s: %w", r.ID, err)
+	}
+	for _, e := range entries {
+		if isBlobName(e.Name()) {
+			if err := x.s.moveBack(filepath.Join(dir, e.Name()), digest.NewDigestFromEncoded(digest.SHA256, e.Name())); err != nil {
+				return fmt.Errorf("cancel removal %s: %w", r.ID, err)
+			}
+		}
+	}
+	if err := disk.SyncDir(x.s.path(blobsName, sha256Name)); err != nil {
+		return fmt.Errorf("cancel removal %s: %w", r.ID, err)
 	}
 	return disk.RemoveAll(dir)
 }
 
-func (s *Store) moveBack(dir string) error {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
+// moveBack gives a blob of the trash its name in the store again, unless the
+// store has got it anew.
+func (s *Store) moveBack(from string, d digest.Digest) error {
+	err := disk.RenameNoReplace(from, s.BlobPath(d))
+	if errors.Is(err, fs.ErrExist) {
+		err = disk.Remove(from)
+	}
+	if err := ignoreAbsent(err); err != nil {
 		return fmt.Errorf("restore from trash: %w", err)
 	}
-	for _, e := range entries {
-		if !isBlobName(e.Name()) {
-			continue
-		}
-		from := filepath.Join(dir, e.Name())
-		err := disk.RenameNoReplace(from, s.path(blobsName, sha256Name, e.Name()))
-		if errors.Is(err, fs.ErrExist) {
-			err = disk.Remove(from)
-		}
-		if err != nil {
-			return fmt.Errorf("restore from trash: %w", err)
-		}
-	}
-	return disk.SyncDir(s.path(blobsName, sha256Name))
-}
-
-// Restore undoes a removal: blobs back first, references after. A reference
-// that names another version by now is restored by a name of its own.
-func (x *Exclusive) Restore(id string) (Removal, error) {
-	removals, err := x.s.Trash()
-	if err != nil {
-		return Removal{}, err
-	}
-	at := slices.IndexFunc(removals, func(r Removal) bool { return r.ID == id })
-	if at < 0 {
-		return Removal{}, fmt.Errorf("undo: removal %q: %w; larder undo without a name lists what can be undone", id, ErrNotFound)
-	}
-	r := removals[at]
-	dir := x.s.path("trash", r.ID)
-	if err := x.s.moveBack(dir); err != nil {
-		return r, err
-	}
-	next := x.index
-	next.Manifests = slices.Clone(x.index.Manifests)
-	for _, d := range r.References {
-		if slices.ContainsFunc(next.Manifests, func(have v1.Descriptor) bool { return sameEntry(have, d) }) {
-			continue
-		}
-		taken := slices.ContainsFunc(next.Manifests, func(have v1.Descriptor) bool {
-			return have.Annotations[v1.AnnotationRefName] == d.Annotations[v1.AnnotationRefName]
-		})
-		if taken {
-			d.Annotations = cloneAnnotations(d.Annotations)
-			d.Annotations[v1.AnnotationRefName] = lastingReference(d)
-		}
-		next.Manifests = append(next.Manifests, d)
-	}
-	if err := x.s.writeIndex(next); err != nil {
-		return r, fmt.Errorf("undo: %w", err)
-	}
-	x.index = next
-	return r, x.s.drop(r.ID)
+	return nil
 }
 
 // Forget removes this node's records that it uses versions, except those in
@@ -290,137 +321,4 @@ func (x *Exclusive) Forget(node string, keep map[digest.Digest]bool) error {
 		}
 	}
 	return nil
-}
-
-// Trash lists the removals that can be undone, oldest first.
-func (s *Store) Trash() ([]Removal, error) { return s.removals(removalName) }
-
-// pending lists the removals that a crash cut short.
-func (s *Store) pending() ([]Removal, error) { return s.removals(pendingName) }
-
-func (s *Store) removals(record string) ([]Removal, error) {
-	entries, err := os.ReadDir(s.path("trash"))
-	if err != nil {
-		return nil, fmt.Errorf("read trash: %w", err)
-	}
-	var out []Removal
-	for _, e := range entries {
-		data, err := os.ReadFile(s.path("trash", e.Name(), record))
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("read trash: %w", err)
-		}
-		var r Removal
-		if err := json.Unmarshal(data, &r); err != nil || r.ID != e.Name() {
-			return nil, fmt.Errorf("read %s: %w: it is not the record of a removal", s.path("trash", e.Name(), record), ErrDamaged)
-		}
-		out = append(out, r)
-	}
-	return out, nil
-}
-
-// Pending tells whether a removal was cut short, so that Recover has work.
-func (s *Store) Pending() (bool, error) {
-	pending, err := s.pending()
-	return len(pending) > 0, err
-}
-
-// EmptyTrash deletes for good what was removed before the given time. It
-// returns the removals that can no longer be undone.
-func (x *Exclusive) EmptyTrash(before time.Time) ([]Removal, error) {
-	removals, err := x.s.Trash()
-	if err != nil {
-		return nil, err
-	}
-	var gone []Removal
-	for _, r := range removals {
-		if !r.Time.Before(before) {
-			continue
-		}
-		if err := x.s.drop(r.ID); err != nil {
-			return gone, err
-		}
-		gone = append(gone, r)
-	}
-	return gone, x.s.sweepTrash()
-}
-
-// drop deletes one removal, its record first: a folder without a record is
-// rubbish, whoever finds it.
-func (s *Store) drop(id string) error {
-	dir := s.path("trash", id)
-	if err := ignoreAbsent(disk.Remove(filepath.Join(dir, removalName))); err != nil {
-		return fmt.Errorf("empty trash: %w", err)
-	}
-	if err := disk.RemoveAll(dir); err != nil {
-		return fmt.Errorf("empty trash: %w", err)
-	}
-	return nil
-}
-
-func (s *Store) sweepTrash() error {
-	entries, err := os.ReadDir(s.path("trash"))
-	if err != nil {
-		return fmt.Errorf("empty trash: %w", err)
-	}
-	for _, e := range entries {
-		names, err := os.ReadDir(s.path("trash", e.Name()))
-		if err != nil {
-			return fmt.Errorf("empty trash: %w", err)
-		}
-		has := func(name string) bool {
-			return slices.ContainsFunc(names, func(n fs.DirEntry) bool { return n.Name() == name })
-		}
-		if !has(removalName) && !has(pendingName) {
-			if err := disk.RemoveAll(s.path("trash", e.Name())); err != nil {
-				return fmt.Errorf("empty trash: %w", err)
-			}
-		}
-	}
-	return nil
-}
-
-// Usage is what the store's folders hold, in bytes on the disk.
-type Usage struct {
-	Blobs    int64 // blobs/
-	Ingest   int64 // downloads under way or cut short
-	Trash    int64 // removed, can be undone
-	Files    int64 // number of blobs
-	Free     int64 // free on the file system, for an ordinary user
-	Capacity int64 // of the file system
-}
-
-// Usage adds up what the store holds.
-func (s *Store) Usage() (Usage, error) {
-	var u Usage
-	for _, part := range []struct {
-		name  string
-		bytes *int64
-	}{{blobsName, &u.Blobs}, {"ingest", &u.Ingest}, {"trash", &u.Trash}} {
-		err := filepath.WalkDir(s.path(part.name), func(path string, e fs.DirEntry, err error) error {
-			if err != nil || e.IsDir() {
-				return ignoreAbsent(err)
-			}
-			fi, err := e.Info()
-			if err != nil {
-				return ignoreAbsent(err)
-			}
-			*part.bytes += disk.Allocated(fi)
-			if part.name == blobsName && !strings.HasPrefix(e.Name(), ".") {
-				u.Files++
-			}
-			return nil
-		})
-		if err != nil {
-			return u, fmt.Errorf("measure store: %w", err)
-		}
-	}
-	free, capacity, err := disk.Free(s.dir)
-	if err != nil {
-		return u, fmt.Errorf("measure store: %w", err)
-	}
-	u.Free, u.Capacity = free, capacity
-	return u, nil
 }

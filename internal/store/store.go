@@ -39,11 +39,19 @@ var (
 // concurrent use.
 type Store struct {
 	dir string
+	now func() time.Time
 
 	mu     sync.Mutex
 	index  cachedIndex
 	models map[digest.Digest]modelpack.Model
 }
+
+// Option is an option of Open.
+type Option func(*Store)
+
+// WithClock sets the clock by which the store notes when versions came and were
+// used. Nothing but these notes follows it.
+func WithClock(now func() time.Time) Option { return func(s *Store) { s.now = now } }
 
 // The folder of blobs below Dir, and of SHA-256 blobs below that.
 const (
@@ -53,12 +61,15 @@ const (
 
 // Open opens the store in dir, and makes it where dir is missing or empty. A
 // folder with other content is refused with ErrNotStore.
-func Open(dir string) (*Store, error) {
+func Open(dir string, options ...Option) (*Store, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	s := &Store{dir: dir, models: map[digest.Digest]modelpack.Model{}}
+	s := &Store{dir: dir, now: time.Now, models: map[digest.Digest]modelpack.Model{}}
+	for _, o := range options {
+		o(s)
+	}
 	data, err := os.ReadFile(s.path(v1.ImageLayoutFile))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -83,7 +94,7 @@ func (s *Store) create() error {
 	}
 	for _, e := range entries {
 		switch e.Name() {
-		case "lock", blobsName, "ingest", "leases", "usage", "trash", "lost+found", v1.ImageIndexFile:
+		case "lock", blobsName, "ingest", "leases", "usage", trashName, pinsName, reserveName, "lost+found", v1.ImageIndexFile:
 		default:
 			if !atomicfile.IsTemp(e.Name()) {
 				return fmt.Errorf("%w: it contains %s; choose an empty folder or an existing store", ErrNotStore, e.Name())
@@ -98,7 +109,7 @@ func (s *Store) create() error {
 		return err
 	}
 	defer unlock()
-	for _, d := range []string{blobsName, blobsName + "/" + sha256Name, "ingest", "leases", "usage", "trash"} {
+	for _, d := range []string{blobsName, blobsName + "/" + sha256Name, "ingest", "leases", "usage", trashName, pinsName} {
 		if err := disk.MkdirAll(s.path(d), 0o755); err != nil {
 			return err
 		}
@@ -116,6 +127,9 @@ func (s *Store) create() error {
 	}
 	if _, err := os.Stat(s.path(v1.ImageLayoutFile)); err == nil {
 		return nil
+	}
+	if err := s.keepReserve(); err != nil {
+		return err
 	}
 	data, err := json.Marshal(v1.ImageLayout{Version: v1.ImageLayoutVersion})
 	if err != nil {
@@ -188,21 +202,25 @@ func (s *Store) Stat(d digest.Digest) (size int64, ok bool, err error) {
 
 // readBlob reads a small blob and checks it against its digest.
 func (s *Store) readBlob(d digest.Digest, limit int64) ([]byte, error) {
-	size, ok, err := s.Stat(d)
-	if err != nil {
+	if err := modelpack.CheckDigest(d); err != nil {
 		return nil, err
 	}
-	if !ok {
+	return readChecked(s.BlobPath(d), d, limit)
+}
+
+// readChecked reads a file and checks it against a digest.
+func readChecked(path string, d digest.Digest, limit int64) ([]byte, error) {
+	fi, err := os.Lstat(path)
+	if err == nil && fi.Size() > limit {
+		return nil, fmt.Errorf("read blob %s: %w: it has %d bytes, at most %d are read", d, ErrDamaged, fi.Size(), limit)
+	}
+	data, err := os.ReadFile(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("read blob %s: %w", d, ErrNotFound)
-	}
-	if size > limit {
-		return nil, fmt.Errorf("read blob %s: %w: it has %d bytes, at most %d are read", d, ErrDamaged, size, limit)
-	}
-	data, err := os.ReadFile(s.BlobPath(d))
-	if err != nil {
+	case err != nil:
 		return nil, fmt.Errorf("read blob %s: %w", d, err)
-	}
-	if digest.FromBytes(data) != d {
+	case digest.FromBytes(data) != d:
 		return nil, fmt.Errorf("read blob %s: %w: its bytes have digest %s", d, ErrDamaged, digest.FromBytes(data))
 	}
 	return data, nil
@@ -288,4 +306,10 @@ func ignoreAbsent(err error) error {
 
 func isBlobName(name string) bool {
 	return len(name) == 64 && strings.Trim(name, "0123456789abcdef") == ""
+}
+
+// Manifest is the bytes of a manifest, checked against its digest. What they
+// say is not looked at.
+func (s *Store) Manifest(d digest.Digest) ([]byte, error) {
+	return s.readBlob(d, modelpack.MaxManifestBytes)
 }

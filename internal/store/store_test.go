@@ -469,16 +469,29 @@ func TestVerifyNamesWhatIsDamaged(t *testing.T) {
 	}
 	// What is damaged is taken out, and brought in again by the same publication.
 	for _, p := range problems {
-		if err := s.Quarantine(t.Context(), p.Digest); err != nil {
-			t.Fatal(err)
+		moved, err := s.Quarantine(t.Context(), p)
+		if err != nil || moved != (p.What != "missing") {
+			t.Fatalf("quarantine of %s, which is %s: %t, %v", p.Digest, p.What, moved, err)
 		}
 	}
 	again := publish(t, s, modelpack.Model{}, map[string]string{"cut": "aaaa", "flipped": "bbbb", "gone": "cccc", "fine": "dddd"}, "m:1")
 	if again.Digest != v.Digest {
 		t.Errorf("the same files are version %s, were %s", again.Digest, v.Digest)
 	}
-	if problems, err := s.Verify(t.Context(), nil, nil); err != nil || len(problems) > 0 {
-		t.Errorf("verify after repair: %v %v", problems, err)
+	if now, err := s.Verify(t.Context(), nil, nil); err != nil || len(now) > 0 {
+		t.Errorf("verify after repair: %v %v", now, err)
+	}
+	// Who found the damage at the same time comes too late: the new one stays.
+	for _, p := range problems {
+		if len(p.Files) == 0 {
+			continue
+		}
+		if moved, err := s.Quarantine(t.Context(), p); err != nil || moved && p.What != "missing" {
+			t.Errorf("quarantine of what was repaired meanwhile: %t, %v", moved, err)
+		}
+	}
+	if now, err := s.Verify(t.Context(), nil, nil); err != nil || len(now) > 0 && now[0].What != "missing" {
+		t.Errorf("verify after that: %v %v", now, err)
 	}
 	var ctx, cancel = context.WithCancel(t.Context())
 	cancel()

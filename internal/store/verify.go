@@ -25,6 +25,8 @@ type Problem struct {
 	What   string   // missing, size, content, manifest, or unreadable
 	Detail string   // for a person
 	Files  []string // REFERENCE:PATH of each file that the blob is
+
+	file fs.FileInfo // the blob that was read, or nil
 }
 
 // VerifyProgress is told the number of bytes read as they are read. It may be
@@ -88,13 +90,13 @@ func (s *Store) Verify(ctx context.Context, versions []Version, progress VerifyP
 	group.SetLimit(max(2, runtime.NumCPU()))
 	for d, size := range expect {
 		group.Go(func() error {
-			what, detail, err := s.checkBlob(ctx, d, size, progress)
+			file, what, detail, err := s.checkBlob(ctx, d, size, progress)
 			if err != nil || what == "" {
 				return err
 			}
 			mu.Lock()
 			defer mu.Unlock()
-			problems = append(problems, Problem{Digest: d, What: what, Detail: detail, Files: files[d]})
+			problems = append(problems, Problem{Digest: d, What: what, Detail: detail, Files: files[d], file: file})
 			return nil
 		})
 	}
@@ -109,23 +111,26 @@ func (s *Store) Verify(ctx context.Context, versions []Version, progress VerifyP
 
 const readSize = 1 << 20
 
-func (s *Store) checkBlob(ctx context.Context, d digest.Digest, size int64, progress VerifyProgress) (what, detail string, err error) {
+func (s *Store) checkBlob(ctx context.Context, d digest.Digest, size int64, progress VerifyProgress) (file fs.FileInfo, what, detail string, err error) {
 	f, err := os.Open(s.BlobPath(d))
 	if errors.Is(err, fs.ErrNotExist) {
 		if size < 0 {
-			return "", "", nil // collected meanwhile
+			return file, "", "", nil // collected meanwhile
 		}
-		return "missing", "the blob is not there", nil
+		return file, "missing", "the blob is not there", nil
 	}
 	if err != nil {
-		return "unreadable", err.Error(), nil
+		return file, "unreadable", err.Error(), nil
 	}
 	defer f.Close()
+	if file, err = f.Stat(); err != nil {
+		return nil, "unreadable", err.Error(), nil
+	}
 	hash := digest.SHA256.Digester()
 	var n int64
 	for buf := make([]byte, readSize); ; {
 		if err := ctx.Err(); err != nil {
-			return "", "", err
+			return file, "", "", err
 		}
 		k, err := f.Read(buf)
 		_, _ = hash.Hash().Write(buf[:k])
@@ -137,34 +142,45 @@ func (s *Store) checkBlob(ctx context.Context, d digest.Digest, size int64, prog
 			break
 		}
 		if err != nil {
-			return "unreadable", err.Error(), nil
+			return file, "unreadable", err.Error(), nil
 		}
 	}
 	switch {
 	case size >= 0 && n != size:
-		return "size", fmt.Sprintf("it has %d bytes, not %d", n, size), nil
+		return file, "size", fmt.Sprintf("it has %d bytes, not %d", n, size), nil
 	case hash.Digest() != d:
-		return "content", fmt.Sprintf("its bytes have SHA-256 %s", hash.Digest().Encoded()), nil
+		return file, "content", fmt.Sprintf("its bytes have SHA-256 %s", hash.Digest().Encoded()), nil
 	}
-	return "", "", nil
+	return file, "", "", nil
 }
 
 // Quarantine takes a damaged blob out of the store, so that the next pull or
 // import brings it in anew. The bytes stay in ingest/ under a name that tells
-// what they are. Containers that have the file open keep it; others get an
-// error instead of wrong bytes.
-func (s *Store) Quarantine(ctx context.Context, d digest.Digest) error {
-	if err := modelpack.CheckDigest(d); err != nil {
-		return fmt.Errorf("quarantine: %w", err)
+// what they are, until clean-up finds them old. Containers that have the file
+// open keep it; others get an error instead of wrong bytes. A blob that has
+// been replaced since it was found damaged stays: moved is then false.
+func (s *Store) Quarantine(ctx context.Context, p Problem) (moved bool, err error) {
+	if err := modelpack.CheckDigest(p.Digest); err != nil {
+		return false, fmt.Errorf("quarantine: %w", err)
 	}
 	unlock, err := s.lock(ctx, true)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer unlock()
-	to := s.path("ingest", "damaged-"+d.Encoded()+"-"+randomID())
-	if err := ignoreAbsent(disk.Rename(s.BlobPath(d), to)); err != nil {
-		return fmt.Errorf("quarantine: %w", err)
+	now, err := os.Lstat(s.BlobPath(p.Digest))
+	if errors.Is(err, fs.ErrNotExist) || err == nil && p.file != nil && !os.SameFile(now, p.file) {
+		return false, nil
 	}
-	return disk.SyncDir(s.path(blobsName, sha256Name))
+	if err != nil {
+		return false, fmt.Errorf("quarantine: %w", err)
+	}
+	to := s.path("ingest", damagedPrefix+p.Digest.Encoded()+"-"+randomID())
+	if err := disk.Rename(s.BlobPath(p.Digest), to); err != nil {
+		return false, fmt.Errorf("quarantine: %w", err)
+	}
+	return true, disk.SyncDir(s.path(blobsName, sha256Name))
 }
+
+// damagedPrefix begins the names of blobs that were found damaged, in ingest/.
+const damagedPrefix = "damaged-"

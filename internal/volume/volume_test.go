@@ -430,7 +430,8 @@ func TestUsesAreRoots(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = gc.Remove(t.Context(), n.store, []reference.Reference{r}, gc.Options{Node: "test", Sources: n.Sources(), DryRun: true})
+		c := gc.Collector{Store: n.store, Node: "test", Sources: n.Sources()}
+		_, err = c.Remove(t.Context(), []reference.Reference{r}, gc.Options{DryRun: true})
 		return err
 	}
 	if err := remove(); err != nil {

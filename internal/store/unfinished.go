@@ -1,0 +1,133 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/larder-project/larder/internal/atomicfile"
+	"github.com/larder-project/larder/internal/disk"
+)
+
+// Blobs calls f with every blob of the store.
+func (s *Store) Blobs(f func(h Hash, fi fs.FileInfo)) error {
+	dir, err := os.Open(s.path(blobsName, sha256Name))
+	if err != nil {
+		return fmt.Errorf("list blobs: %w", err)
+	}
+	defer dir.Close()
+	for {
+		entries, err := dir.ReadDir(4096)
+		for _, e := range entries {
+			h, ok := parseHash(e.Name())
+			if !ok {
+				continue
+			}
+			fi, err := e.Info()
+			if errors.Is(err, fs.ErrNotExist) {
+				continue // taken out just now
+			}
+			if err != nil {
+				return fmt.Errorf("list blobs: %w", err)
+			}
+			f(h, fi)
+		}
+		if len(entries) == 0 {
+			if err != nil && !errors.Is(err, io.EOF) {
+				return fmt.Errorf("list blobs: %w", err)
+			}
+			return nil
+		}
+	}
+}
+
+// Changed is when a file was last written, or renamed, whichever is later: for
+// a blob, when it came into the store.
+func Changed(fi fs.FileInfo) time.Time {
+	t := fi.ModTime()
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
+		if c := time.Unix(st.Ctim.Unix()); c.After(t) {
+			t = c
+		}
+	}
+	return t
+}
+
+// Partial is a file in ingest/ that nobody writes.
+type Partial struct {
+	Name    string
+	Size    int64 // bytes on the disk
+	Since   time.Time
+	Damaged digest.Digest // of the blob that it was, where verify put it there; else empty
+}
+
+// Partials lists what was left in ingest/ by pulls that broke off, and by
+// verify --quarantine. Files that a process has open there are left out.
+func (s *Store) Partials() ([]Partial, error) {
+	entries, err := os.ReadDir(s.path("ingest"))
+	if err != nil {
+		return nil, fmt.Errorf("list unfinished downloads: %w", err)
+	}
+	var out []Partial
+	for _, e := range entries {
+		if strings.HasSuffix(e.Name(), progressSuffix) || !e.Type().IsRegular() {
+			continue
+		}
+		fi, err := e.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("list unfinished downloads: %w", err)
+		}
+		if s.Locked(e.Name()) {
+			continue
+		}
+		p := Partial{Name: e.Name(), Size: disk.Allocated(fi), Since: Changed(fi)}
+		if rest, ok := strings.CutPrefix(e.Name(), damagedPrefix); ok {
+			hex, _, _ := strings.Cut(rest, "-")
+			p.Damaged = digest.NewDigestFromEncoded(digest.SHA256, hex)
+		}
+		out = append(out, p)
+	}
+	return out, nil
+}
+
+// DropPartial deletes a file that Partials listed, unless somebody has taken
+// it up since. It tells whether it did.
+func (s *Store) DropPartial(p Partial) (bool, error) {
+	if atomicfile.IsTemp(p.Name) {
+		// Of a move that broke off: another name of a file that its owner has
+		// as well.
+		if err := ignoreAbsent(disk.Remove(s.path("ingest", p.Name))); err != nil {
+			return false, fmt.Errorf("drop %s: %w", p.Name, err)
+		}
+		return true, nil
+	}
+	f, err := disk.OpenFile(s.path("ingest", p.Name), os.O_RDONLY, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("drop unfinished download: %w", err)
+	}
+	i := &Ingest{s: s, path: s.path("ingest", p.Name), file: f}
+	mine, err := f.Lock(true)
+	if err != nil || !mine || !i.isAt(f) {
+		return false, errors.Join(err, f.Close())
+	}
+	if fi, err := f.Stat(); err != nil || Changed(fi).After(p.Since) {
+		return false, errors.Join(err, f.Close())
+	}
+	if err := i.Discard(); err != nil {
+		return false, fmt.Errorf("drop unfinished download: %w", err)
+	}
+	return true, nil
+}
