@@ -26,6 +26,7 @@ const module = "github.com/larder-project/larder/"
 var order = []string{
 	"internal/disk",
 	"internal/atomicfile",
+	"internal/clock",
 	"internal/pattern",
 	"internal/reference",
 	"internal/modelpack",
@@ -47,6 +48,7 @@ var order = []string{
 	"internal/retention",
 	"internal/gc",
 	"internal/volume",
+	"internal/cleanup",
 	"internal/doctor",
 	"plugin",
 	"sidecar",
