@@ -27,6 +27,7 @@ var order = []string{
 	"internal/disk",
 	"internal/atomicfile",
 	"internal/clock",
+	"internal/service",
 	"internal/pattern",
 	"internal/reference",
 	"internal/modelpack",
