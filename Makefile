@@ -50,15 +50,16 @@ setup: ## what the tests need of the machine: packages, a current Docker engine
 # elsewhere each container that starts would hold a copy of every mount of the
 # tests beside it, for the moment until it changes its root.
 #
-# Tests run themselves as processes that are killed at each step; with -race
-# each that ends by itself would sleep a second first (GORACE).
+# Tests run themselves as processes that are killed at each step, which the tag
+# "faults" builds in; with -race each that ends by itself would sleep a second
+# first (GORACE).
 .PHONY: test
 test: export LARDER_TEST_ALL = 1
 test: export GORACE = atexit_sleep_ms=0
 test: setup build vet
-	$(APART) $(GO) run ./test/report -- $(GO) test -race -count=1 -timeout $(TEST_TIMEOUT) -p $(TEST_JOBS) \
+	$(APART) $(GO) run ./test/report -- $(GO) test -tags faults -race -count=1 -timeout $(TEST_TIMEOUT) -p $(TEST_JOBS) \
 		$$($(GO) list ./... | grep -v '/larder/test/')
-	$(APART) $(GO) run ./test/report -- $(GO) test -race -count=1 -timeout $(TEST_TIMEOUT) -p 1 -parallel 4 \
+	$(APART) $(GO) run ./test/report -- $(GO) test -tags faults -race -count=1 -timeout $(TEST_TIMEOUT) -p 1 -parallel 4 \
 		$$($(GO) list ./... | grep '/larder/test/')
 
 .PHONY: vet

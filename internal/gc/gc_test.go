@@ -16,6 +16,7 @@ import (
 	"github.com/larder-project/larder/internal/modelpack"
 	"github.com/larder-project/larder/internal/reference"
 	"github.com/larder-project/larder/internal/store"
+	"github.com/larder-project/larder/internal/testenv"
 	"github.com/larder-project/larder/internal/usage"
 )
 
@@ -38,6 +39,10 @@ func ref(t *testing.T, name string) reference.Reference {
 }
 
 func publish(ctx context.Context, s *store.Store, name string, contents ...string) (store.Version, error) {
+	return publishModel(ctx, s, name, func(*modelpack.Model) {}, contents...)
+}
+
+func publishModel(ctx context.Context, s *store.Store, name string, edit func(*modelpack.Model), contents ...string) (store.Version, error) {
 	l, err := s.NewLease(ctx, "node", "test")
 	if err != nil {
 		return store.Version{}, err
@@ -55,6 +60,7 @@ func publish(ctx context.Context, s *store.Store, name string, contents ...strin
 	if err != nil {
 		return store.Version{}, err
 	}
+	edit(&m)
 	return s.Publish(ctx, l, m, []reference.Reference{r})
 }
 
@@ -346,3 +352,5 @@ func TestTrashIsEmptiedByAge(t *testing.T) {
 		t.Errorf("%d removals were deleted, want 1", n)
 	}
 }
+
+func TestMain(m *testing.M) { os.Exit(testenv.PrivateMounts(m.Run)) }

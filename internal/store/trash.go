@@ -95,10 +95,11 @@ func (s *Store) removals(record string) ([]Removal, error) {
 		}
 		out = append(out, r)
 	}
+	slices.SortStableFunc(out, func(a, b Removal) int { return a.Time.Compare(b.Time) })
 	return out, nil
 }
 
-// trashFolders lists the folders of removals, which sort by time.
+// trashFolders lists the folders of removals.
 func (s *Store) trashFolders() ([]string, error) {
 	entries, err := os.ReadDir(s.path(trashName))
 	if err != nil {
@@ -470,7 +471,7 @@ func (s *Store) keepReserve() error {
 		return nil
 	}
 	free, _, err := disk.Free(s.dir)
-	if err != nil || free < 64*reserveBytes {
+	if err != nil || free < 16*reserveBytes {
 		return nil //nolint:nilerr // there will be another time
 	}
 	f, err := disk.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
