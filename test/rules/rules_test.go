@@ -44,6 +44,7 @@ var order = []string{
 	"internal/usage/docker",
 	"internal/usage/containerd",
 	"internal/usage/gpu",
+	"internal/usage/csi",
 	"internal/retention",
 	"internal/gc",
 	"internal/volume",
