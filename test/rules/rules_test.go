@@ -48,10 +48,12 @@ var order = []string{
 	"internal/retention",
 	"internal/gc",
 	"internal/volume",
+	"internal/usage/sources",
 	"internal/doctor",
 	"plugin",
 	"sidecar",
 	"cmd/larder",
+	"cmd/larder-gpu",
 }
 
 // forTests are packages that only tests may import, wherever they stand. They
