@@ -43,10 +43,28 @@ type Config struct {
 
 	HubEndpoint  string // base URL of the Hugging Face hub
 	HubTokenFile string // file with the hub's token; empty: where the hub's own client keeps it
-	DockerHost   string // the engine's API; asked only for names of containers
+
+	// Who knows what is in use. Records and mount tables are always asked.
+	UsageDocker, UsageContainerd, UsageGPU, UsageCSI Mode
+
+	DockerHost    string   // the engine's API
+	DockerDrivers []string // names of Larder's volume driver; none: volumes of any driver count
+	Containerd    []string // sockets
+	GPUHelper     string   // path of larder-gpu; empty: beside the program, or on the PATH
+	Kubelet       string   // folder of the kubelet
 
 	from map[string]string
 }
+
+// Mode says whether a source of use is asked.
+type Mode string
+
+// The modes.
+const (
+	Auto Mode = "auto" // where it is there, or ever was on this node
+	On   Mode = "on"
+	Off  Mode = "off"
+)
 
 // From tells where a key's value came from, in words: "flag --root",
 // "LARDER_ROOT", "/etc/larder/config.yaml" or "default".
@@ -100,8 +118,39 @@ func Keys() []Key {
 			Usage: "file with the hub's token (default: HF_TOKEN, else where the hub's own client keeps it)",
 			set:   setPath(func(c *Config, v string) { c.HubTokenFile = v })},
 		{Name: "docker.host", Env: []string{"LARDER_DOCKER_HOST", "DOCKER_HOST"}, Default: "unix:///var/run/docker.sock",
-			Usage: "the engine's API, asked for the names of containers",
+			Usage: "the engine's API, asked for containers",
 			set:   setDockerHost},
+		{Name: "docker.drivers", Env: []string{"LARDER_DOCKER_DRIVERS"},
+			Usage: "names of Larder's volume driver, as larder,larder:latest (default any)",
+			set:   setDrivers},
+		{Name: "containerd.address", Env: []string{"LARDER_CONTAINERD_ADDRESS"}, Default: "/run/docker/containerd/containerd.sock,/run/containerd/containerd.sock",
+			Usage: "sockets of containerd, asked for containers",
+			set:   setContainerd},
+		{Name: "gpu.helper", Env: []string{"LARDER_GPU_HELPER"}, kind: path,
+			Usage: "the program that lists processes on GPUs (default larder-gpu beside this one, or on the PATH)",
+			set:   setPath(func(c *Config, v string) { c.GPUHelper = v })},
+		{Name: "csi.kubelet", Env: []string{"LARDER_CSI_KUBELET"}, Default: "/var/lib/kubelet", kind: path,
+			Usage: "folder of the kubelet, read for published volumes",
+			set:   setPath(func(c *Config, v string) { c.Kubelet = v })},
+		usageKey("docker", func(c *Config, m Mode) { c.UsageDocker = m }),
+		usageKey("containerd", func(c *Config, m Mode) { c.UsageContainerd = m }),
+		usageKey("gpu", func(c *Config, m Mode) { c.UsageGPU = m }),
+		usageKey("csi", func(c *Config, m Mode) { c.UsageCSI = m }),
+	}
+}
+
+func usageKey(source string, put func(*Config, Mode)) Key {
+	return Key{
+		Name: "usage." + source, Env: []string{"LARDER_USAGE_" + strings.ToUpper(source)}, Default: string(Auto),
+		Usage: "ask " + source + " what is in use: auto, on or off",
+		set: func(c *Config, v string) error {
+			switch m := Mode(v); m {
+			case Auto, On, Off:
+				put(c, m)
+				return nil
+			}
+			return fmt.Errorf("%.100q is not auto, on or off", v)
+		},
 	}
 }
 
@@ -261,12 +310,35 @@ func setEndpoint(c *Config, v string) error {
 }
 
 // setDockerHost takes whatever the engine's own client may be told: a host that
-// cannot be asked from here costs names of containers, not a command.
+// cannot be asked from here is an error when it is asked.
 func setDockerHost(c *Config, v string) error {
 	if scheme, rest, ok := strings.Cut(v, "://"); !ok || scheme == "" || rest == "" {
 		return fmt.Errorf("%.200q is not unix://PATH or tcp://HOST:PORT", v)
 	}
 	c.DockerHost = v
+	return nil
+}
+
+func setDrivers(c *Config, v string) error {
+	c.DockerDrivers = nil
+	for name := range strings.SplitSeq(v, ",") {
+		if name = strings.TrimSpace(name); name == "" {
+			return fmt.Errorf("%.200q has an empty name in it", v)
+		}
+		c.DockerDrivers = append(c.DockerDrivers, name)
+	}
+	return nil
+}
+
+func setContainerd(c *Config, v string) error {
+	c.Containerd = nil
+	for address := range strings.SplitSeq(v, ",") {
+		address = strings.TrimPrefix(strings.TrimSpace(address), "unix://")
+		if !filepath.IsAbs(address) || strings.ContainsAny(address, "\x00\n") {
+			return fmt.Errorf("%.200q is not the absolute path of a socket, or several with commas", v)
+		}
+		c.Containerd = append(c.Containerd, filepath.Clean(address))
+	}
 	return nil
 }
 

@@ -31,8 +31,8 @@ func load(t *testing.T, file string, env map[string]string, args ...string) (Con
 
 func TestFlagsBeatEnvironmentBeatsFileBeatsDefaults(t *testing.T) {
 	t.Parallel()
-	const file = "root: /file\nstate: /file/state\nnode: in-file\njobs: 3\nhub:\n  endpoint: http://file/\n"
-	env := map[string]string{"LARDER_ROOT": "/env", "LARDER_STATE": "/env/state", "LARDER_SOCKET": "", "HF_ENDPOINT": "http://env"}
+	const file = "root: /file\nstate: /file/state\nnode: in-file\njobs: 3\nhub:\n  endpoint: http://file/\nusage:\n  docker: off\n"
+	env := map[string]string{"LARDER_ROOT": "/env", "LARDER_STATE": "/env/state", "LARDER_SOCKET": "", "HF_ENDPOINT": "http://env", "LARDER_USAGE_CONTAINERD": "on"}
 	c, err := load(t, file, env, "--root", "/flag")
 	if err != nil {
 		t.Fatal(err)
@@ -52,6 +52,8 @@ func TestFlagsBeatEnvironmentBeatsFileBeatsDefaults(t *testing.T) {
 	want := map[string]string{
 		"root": "flag --root", "store": "default", "state": "LARDER_STATE", "socket": "default",
 		"node": in("3"), "jobs": in("4"), "hub.endpoint": "HF_ENDPOINT", "hub.token-file": "default", "docker.host": "default",
+		"docker.drivers": "default", "containerd.address": "default", "gpu.helper": "default", "csi.kubelet": "default",
+		"usage.docker": in("8"), "usage.containerd": "LARDER_USAGE_CONTAINERD", "usage.gpu": "default", "usage.csi": "default",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("where values come from (-want +got):\n%s", diff)
@@ -60,6 +62,8 @@ func TestFlagsBeatEnvironmentBeatsFileBeatsDefaults(t *testing.T) {
 	if diff := cmp.Diff(Config{
 		Root: "/flag", Store: "/flag/store", State: "/env/state", Socket: "/run/docker/plugins/larder.sock",
 		Node: "in-file", Jobs: 3, HubEndpoint: "http://env", DockerHost: "unix:///var/run/docker.sock",
+		UsageDocker: Off, UsageContainerd: On, UsageGPU: Auto, UsageCSI: Auto,
+		Containerd: []string{"/run/docker/containerd/containerd.sock", "/run/containerd/containerd.sock"}, Kubelet: "/var/lib/kubelet",
 	}, c, cmp.AllowUnexported(Config{})); diff != "" {
 		t.Errorf("settings (-want +got):\n%s", diff)
 	}
@@ -112,6 +116,10 @@ func TestSettingsAreRefusedWithWhatIsAllowed(t *testing.T) {
 		"endpoint":                   {env: map[string]string{"HF_ENDPOINT": "huggingface.co"}, want: "is not an http:// or https:// URL"},
 		"endpoint with a query":      {env: map[string]string{"HF_ENDPOINT": "http://x?a=b"}, want: "has a query"},
 		"docker host":                {env: map[string]string{"DOCKER_HOST": "/run/docker.sock"}, want: "is not unix://PATH or tcp://HOST:PORT"},
+		"mode of a source":           {file: "usage:\n  docker: maybe\n", want: `config.yaml:2): "maybe" is not auto, on or off`},
+		"mode that is no word":       {file: "usage:\n  docker: true\n", want: "config.yaml:2: usage.docker takes text"},
+		"containerd":                 {env: map[string]string{"LARDER_CONTAINERD_ADDRESS": "/a.sock,b.sock"}, want: "is not the absolute path of a socket"},
+		"drivers":                    {env: map[string]string{"LARDER_DOCKER_DRIVERS": "larder,,x"}, want: "has an empty name"},
 		"store and state in one":     {args: []string{"--store", "/x", "--state", "/x/"}, want: "store and state are the same folder, /x"},
 		"named file that is missing": {env: map[string]string{"LARDER_CONFIG": "/nonexistent/config.yaml"}, want: "no such file"},
 	} {

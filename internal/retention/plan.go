@@ -352,7 +352,7 @@ func (p *planner) inOrder() []int {
 
 func (p *planner) decision(i int) Decision {
 	v := p.verdicts[i]
-	d := Decision{Digest: p.in.Versions[i].Digest, References: p.in.Versions[i].References, Reason: v.reason, Why: v.why}
+	d := Decision{Digest: p.in.Versions[i].Digest, References: p.in.Versions[i].References, LastUsed: p.in.Versions[i].LastUsed, Reason: v.reason, Why: v.why}
 	if v.model != nil {
 		d.Model = v.model.name
 	}

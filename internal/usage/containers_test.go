@@ -1,0 +1,63 @@
+package usage
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/go-digest"
+)
+
+func version(name string) digest.Digest { return digest.FromString(name) }
+
+func TestWhatSeveralSourcesFindOfAContainerIsPutTogether(t *testing.T) {
+	t.Parallel()
+	docker := strings.Repeat("d", 64)
+	uses := []Use{
+		// One container of Docker, as the kernel, containerd, Docker and the GPU's driver know it.
+		{Version: version("a"), PID: 7, Container: Container{ID: docker}},
+		{Version: version("a"), PID: 7, Container: Container{Engine: "containerd", Namespace: "moby", ID: docker, State: "running"}},
+		{Version: version("b"), Container: Container{Engine: "docker", ID: docker, Name: "eager_lamport", Image: "busybox", State: "running"}},
+		{Version: version("a"), PID: 9, GPU: "1 (H100)", Container: Container{ID: docker}},
+		{Version: version("a"), PID: 9, GPU: "0 (H100)", Container: Container{ID: docker}},
+		// Two of containerd with one name, each in its namespace; the kernel
+		// knows one of them by its process.
+		{Version: version("a"), PID: 20, By: "process 20"},
+		{Version: version("a"), PID: 20, Container: Container{Engine: "containerd", Namespace: "one", ID: "web", State: "paused"}},
+		{Version: version("b"), Container: Container{Engine: "containerd", Namespace: "two", ID: "web", State: "stopped"}},
+		// No containers.
+		{Version: version("c"), By: "volume qwen"},
+		{Version: version("c"), PID: 30, By: "process 30"},
+	}
+	sorted := []digest.Digest{version("a"), version("b")}
+	if sorted[0] > sorted[1] {
+		sorted[0], sorted[1] = sorted[1], sorted[0]
+	}
+	want := []Held{
+		{Container: Container{Engine: "docker", ID: docker, Name: "eager_lamport", Image: "busybox", State: "running"}, Running: true,
+			Versions: sorted, PIDs: []int{7, 9}, GPUs: []string{"0 (H100)", "1 (H100)"}},
+		{Container: Container{Engine: "containerd", Namespace: "one", ID: "web", State: "paused"}, Running: true, Versions: []digest.Digest{version("a")}, PIDs: []int{20}},
+		{Container: Container{Engine: "containerd", Namespace: "two", ID: "web", State: "stopped"}, Versions: []digest.Digest{version("b")}},
+	}
+	if diff := cmp.Diff(want, ByContainer(uses)); diff != "" {
+		t.Errorf("containers (-want +got):\n%s", diff)
+	}
+}
+
+func TestContainersAreCountedOnceForALayer(t *testing.T) {
+	t.Parallel()
+	layers := map[digest.Digest][]int{version("a"): {1, 2}, version("b"): {2, 3}, version("unused"): {4}}
+	held := []Held{
+		{Running: true, Versions: []digest.Digest{version("a"), version("b")}},
+		{Running: true, Versions: []digest.Digest{version("b")}},
+		{Versions: []digest.Digest{version("b"), version("gone")}},
+	}
+	got := Count(held, func(v digest.Digest) []int { return layers[v] })
+	want := Counts[int]{
+		Versions: map[digest.Digest]Tally{version("a"): {Running: 1}, version("b"): {Running: 2, Stopped: 1}, version("gone"): {Stopped: 1}},
+		Layers:   map[int]Tally{1: {Running: 1}, 2: {Running: 2, Stopped: 1}, 3: {Running: 2, Stopped: 1}},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("counts (-want +got):\n%s", diff)
+	}
+}
