@@ -64,6 +64,8 @@ type Options struct {
 	UntilFree retention.Amount
 	// AnyTime: a person asks, and does not wait for a window of the policy.
 	AnyTime bool
+	// Wall is the time by which windows open; zero: that of the cleaner.
+	Wall time.Time
 	// DryRun: nothing is changed, and the report says what would be.
 	DryRun bool
 	// Each is told what became of each decision, as it is known; it may be nil.
@@ -159,6 +161,9 @@ func (c *Cleaner) Prepare(ctx context.Context, o Options) (*Run, error) {
 	if r.policy == nil {
 		return r, nil
 	}
+	if o.Wall.IsZero() {
+		o.Wall = c.wall()
+	}
 	r.Report.Plan = Plan(inv, o)
 	// A file that was made while the wall clock was behind looks older than it
 	// is by that much.
@@ -184,7 +189,7 @@ func Plan(inv *gc.Inventory, o Options) retention.Plan {
 		return retention.Plan{Time: inv.Time}
 	}
 	in := inv.Input()
-	in.Models, in.AnyTime = o.Models, o.AnyTime
+	in.Models, in.AnyTime, in.Wall = o.Models, o.AnyTime, o.Wall
 	return p.Plan(in)
 }
 

@@ -368,6 +368,24 @@ func TestWithoutAPolicyNothingGoes(t *testing.T) {
 	}
 }
 
+// Windows are of the wall clock: ages may lag behind it.
+func TestWindowsOpenByTheWallClock(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.publish("m:1")
+	n.pass(8 * day)
+	policy := parse(t, weekly+"windows: [{start: \"0 2 * * *\", duration: 1h}]\n")
+	at := func(hour int) time.Time { return time.Date(2026, 3, 1, hour, 30, 0, 0, time.UTC) }
+	n.cleaner.Wall = func() time.Time { return at(3) }
+	if r := n.once(Options{Policy: policy}); !n.has("m:1") || r.Plan.Decisions[0].Reason != retention.LaterOn {
+		t.Errorf("outside the window: %+v", r.Plan.Decisions)
+	}
+	n.cleaner.Wall = func() time.Time { return at(2) }
+	if n.once(Options{Policy: policy}); n.has("m:1") {
+		t.Error("in the window nothing goes")
+	}
+}
+
 func TestARemovalThatWasCutShortIsFinished(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)

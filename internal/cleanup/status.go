@@ -100,7 +100,7 @@ func (l *Loop) Plan() *retention.Plan {
 	if inv == nil || plan != nil {
 		return plan
 	}
-	made := Plan(inv, Options{Policy: policy})
+	made := Plan(inv, Options{Policy: policy, Wall: time.Now()})
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.status.Inventory == inv && l.policy == policy {
