@@ -59,7 +59,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	flags.Usage = func() {
 		fmt.Fprintf(out, "larder-plugin %s: the volume driver of Larder\n\nFlags:\n%s", version, flags.FlagUsages())
 	}
-	settings := config.Register(flags)
+	settings := config.Register(flags, "larder-plugin")
 	showVersion := flags.Bool("version", false, "print the version and exit")
 	debug := flags.Bool("debug", false, "log every call")
 	if err := flags.Parse(args); err != nil {

@@ -50,7 +50,7 @@ writable view of the model it asks for.
 		return &usageError{err: err, hint: "see " + cmd.CommandPath() + " --help"}
 	})
 	root.PersistentFlags().BoolVar(&a.json, "json", false, "print JSON, one object a line; errors too")
-	a.flags = config.Register(root.PersistentFlags())
+	a.flags = config.Register(root.PersistentFlags(), "larder")
 	root.AddGroup(
 		&cobra.Group{ID: models, Title: "Models:"},
 		&cobra.Group{ID: views, Title: "Views and volumes:"},
@@ -61,7 +61,7 @@ writable view of the model it asks for.
 	root.AddCommand(
 		a.cmdPull(), a.cmdImport(), a.cmdLs(), a.cmdShow(), a.cmdTag(), a.cmdRm(), a.cmdUndo(), a.cmdTrash(), a.cmdVerify(),
 		a.cmdPs(), a.cmdMount(), a.cmdUmount(), a.cmdVolume(),
-		a.cmdDf(), a.cmdDoctor(), a.cmdVersion(),
+		a.cmdDf(), a.cmdPolicy(), a.cmdDoctor(), a.cmdVersion(),
 		a.topicExitCodes(), a.topicConfig(),
 	)
 	return root

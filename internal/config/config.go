@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -53,6 +54,11 @@ type Config struct {
 	GPUHelper     string   // path of larder-gpu; empty: beside the program, or on the PATH
 	Kubelet       string   // folder of the kubelet
 
+	Policy string // file with the policy of clean-up; where it is not there, nothing is removed
+
+	Listen      string // where the sidecar serves: HOST:PORT, or unix://PATH
+	AllowRemote bool   // it may be reached from elsewhere, or by other users
+
 	from map[string]string
 }
 
@@ -74,6 +80,7 @@ func (c Config) From(key string) string { return c.from[key] }
 type Key struct {
 	Name    string   // in the file; nested as in "hub.endpoint"
 	Flag    string   // without dashes; empty: no flag
+	Program string   // that alone has the flag; empty: all programs
 	Env     []string // the first that is set counts
 	Default string
 	Usage   string
@@ -88,6 +95,7 @@ const (
 	text kind = iota
 	number
 	path // of a file or folder
+	boolean
 )
 
 // Keys is the table of all settings, in the order they are documented.
@@ -136,6 +144,15 @@ func Keys() []Key {
 		usageKey("containerd", func(c *Config, m Mode) { c.UsageContainerd = m }),
 		usageKey("gpu", func(c *Config, m Mode) { c.UsageGPU = m }),
 		usageKey("csi", func(c *Config, m Mode) { c.UsageCSI = m }),
+		{Name: "policy", Flag: "policy", Env: []string{"LARDER_POLICY"}, Default: "/etc/larder/policy.yaml", kind: path,
+			Usage: "file with the policy of clean-up; without it nothing is removed",
+			set:   setPath(func(c *Config, v string) { c.Policy = v })},
+		{Name: "sidecar.listen", Flag: "listen", Program: "larder-sidecar", Env: []string{"LARDER_SIDECAR_LISTEN"}, Default: "127.0.0.1:9777",
+			Usage: "where the sidecar serves its page and metrics: HOST:PORT, or unix://PATH",
+			set:   setListen},
+		{Name: "sidecar.allow-remote", Flag: "allow-remote", Program: "larder-sidecar", Env: []string{"LARDER_SIDECAR_ALLOW_REMOTE"}, Default: "false", kind: boolean,
+			Usage: "let the sidecar listen where other hosts or users can reach it",
+			set:   setAllowRemote},
 	}
 }
 
@@ -161,12 +178,13 @@ type Flags struct {
 	values map[string]*string // by key
 }
 
-// Register adds --config and the flags of Keys to set.
-func Register(set *pflag.FlagSet) *Flags {
+// Register adds --config and the flags of Keys to the set of a program: those
+// that all have, and its own.
+func Register(set *pflag.FlagSet, program string) *Flags {
 	f := &Flags{set: set, values: map[string]*string{}}
 	set.StringVar(&f.file, "config", "", "configuration file (default "+DefaultFile+")")
 	for _, k := range Keys() {
-		if k.Flag == "" {
+		if k.Flag == "" || k.Program != "" && k.Program != program {
 			continue
 		}
 		usage := k.Usage
@@ -174,6 +192,9 @@ func Register(set *pflag.FlagSet) *Flags {
 			usage += " (default " + k.Default + ")"
 		}
 		f.values[k.Name] = set.String(k.Flag, "", usage)
+		if k.kind == boolean {
+			set.Lookup(k.Flag).NoOptDefVal = "true"
+		}
 	}
 	return f
 }
@@ -217,8 +238,8 @@ func (f *Flags) Load(lookup func(string) (string, bool)) (Config, error) {
 				break
 			}
 		}
-		if k.Flag != "" && f.set.Changed(k.Flag) {
-			v, from, typed = *f.values[k.Name], "flag --"+k.Flag, true
+		if given := f.values[k.Name]; given != nil && f.set.Changed(k.Flag) {
+			v, from, typed = *given, "flag --"+k.Flag, true
 		}
 		c.from[k.Name] = from
 		if v == "" && from == "default" {
@@ -294,6 +315,28 @@ func setJobs(c *Config, v string) error {
 		return fmt.Errorf("%.100q is not a number from 1 to %d", v, MaxJobs)
 	}
 	c.Jobs = n
+	return nil
+}
+
+func setListen(c *Config, v string) error {
+	if path, ok := strings.CutPrefix(v, "unix://"); ok {
+		if !filepath.IsAbs(path) {
+			return fmt.Errorf("%.200q is not unix:// and an absolute path", v)
+		}
+		c.Listen = v
+		return nil
+	}
+	if _, port, err := net.SplitHostPort(v); err != nil || port == "" {
+		return fmt.Errorf("%.200q is neither HOST:PORT nor unix://PATH", v)
+	}
+	c.Listen = v
+	return nil
+}
+
+func setAllowRemote(c *Config, v string) (err error) {
+	if c.AllowRemote, err = strconv.ParseBool(v); err != nil {
+		return fmt.Errorf("%.100q is neither true nor false", v)
+	}
 	return nil
 }
 

@@ -31,10 +31,9 @@ func (p *Policy) Explain() string {
 		b.WriteString("\n")
 		p.explainRule(&b, i)
 	}
-	if len(p.Rules) > 0 {
-		b.WriteString("\n")
+	if !slices.ContainsFunc(p.Rules, func(r Rule) bool { return slices.Contains(r.Models, "*") }) {
+		fmt.Fprintf(&b, "\n  models that no rule fits\n    stay: %s\n", p.explainUnruled())
 	}
-	fmt.Fprintf(&b, "  models that no rule fits\n    stay: %s\n", p.explainUnruled())
 	b.WriteString("\nNever removed, whatever is said: what is in use or pinned, and what is damaged.\n\n")
 	p.explainRest(&b)
 	return b.String()
@@ -111,7 +110,7 @@ func (p *Policy) explainRest(b *strings.Builder) {
 		line("window", "rules remove only from %s (%s); pressure does not wait", w, p.From(fmt.Sprintf("windows[%d]", i)))
 	}
 	line("limits", "%s", p.explainLimits())
-	line("interval", "every %s (%s)", span(p.Interval), p.From("interval"))
+	line("interval", "%s (%s)", every(p.Interval), p.From("interval"))
 }
 
 func (p *Policy) explainLimits() string {
@@ -159,7 +158,7 @@ func (p *Policy) Warnings() []string {
 	}
 	for i, w := range p.Windows {
 		if w.Duration < p.Interval {
-			warn(fmt.Sprintf("windows[%d]", i), "it is open for %s, and the clean-up runs every %s: it may never run while it is open", span(w.Duration), span(p.Interval))
+			warn(fmt.Sprintf("windows[%d]", i), "it is open for %s, and the clean-up runs %s: it may never run while it is open", span(w.Duration), every(p.Interval))
 		}
 	}
 	if p.Pressure == nil && !slices.ContainsFunc(p.Rules, Rule.removes) {

@@ -12,10 +12,6 @@ import (
 	"github.com/docker/go-units"
 )
 
-// DefaultFile is where a policy is looked for if nothing else is said. Where it
-// is not there, nothing is ever removed.
-const DefaultFile = "/etc/larder/policy.yaml"
-
 // Policy says what may go, when, and how fast.
 type Policy struct {
 	Name     string      // the file it was read from, or "profile ci"

@@ -27,7 +27,7 @@ func Profiles() []string {
 // ProfileText is a profile as a policy file, with comments.
 func ProfileText(name string) ([]byte, error) {
 	if !slices.Contains(Profiles(), name) {
-		return nil, fmt.Errorf("%w: there is no profile %.100q; there are %s", ErrInvalid, name, strings.Join(Profiles(), ", "))
+		return nil, fmt.Errorf("there is no profile %.100q; there are %s", name, strings.Join(Profiles(), ", "))
 	}
 	return profiles.ReadFile("profiles/" + name + ".yaml")
 }

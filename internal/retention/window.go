@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"time"
+	_ "time/tzdata" // a container image may have no zones of its own, and a policy means the same there
 
 	"github.com/robfig/cron/v3"
 )

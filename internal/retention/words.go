@@ -61,6 +61,9 @@ func span(d time.Duration) string {
 	return d.String()
 }
 
+// every writes how often: "every hour", "every 30 minutes".
+func every(d time.Duration) string { return "every " + strings.TrimPrefix(span(d), "1 ") }
+
 // age writes how long something is past, in full units: "41 days".
 func age(d time.Duration) string {
 	switch {
