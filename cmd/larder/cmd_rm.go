@@ -53,12 +53,12 @@ force it. Several models are removed all or none.`,
 					names[i] = ref
 				}
 			}
-			vols, err := a.volumes(cmd.Context())
+			set, err := a.sources(cmd.Context())
 			if err != nil {
 				return err
 			}
 			res, err := gc.Remove(cmd.Context(), st, names, gc.Options{
-				Node: vols.Node(), Sources: vols.Sources(), Reason: "larder rm " + strings.Join(args, " "),
+				Node: a.vols.Node(), Sources: set.Sources(), Reason: "larder rm " + strings.Join(args, " "),
 				DryRun: dryRun, Now: now,
 			})
 			if err != nil {
