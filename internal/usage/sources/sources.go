@@ -221,6 +221,5 @@ func (e *GoneError) Error() string {
 
 // Hint says what to do next.
 func (e *GoneError) Hint() string {
-	return fmt.Sprintf("start it again; if it was uninstalled, set usage.%s to off (LARDER_USAGE_%s=off); if it only moved, delete %s",
-		e.Source, strings.ToUpper(e.Source), e.path)
+	return fmt.Sprintf("start it again; LARDER_USAGE_%s=off leaves it out; if it only moved, delete %s", strings.ToUpper(e.Source), e.path)
 }
