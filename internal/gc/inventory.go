@@ -50,6 +50,7 @@ type BlobInfo struct {
 	Versions int32     // how many versions need it
 	Held     string    // what else needs it: a lease, an entry of another tool
 	There    bool      // it is in the store; else a version lacks it
+	Undo     bool      // a removal in the trash needs it to be undone
 }
 
 // Version finds a version of the inventory.
@@ -126,6 +127,17 @@ func (inv *Inventory) blobs(st *store.Store, g *graph, r roots) error {
 	})
 	if err != nil {
 		return err
+	}
+	undo, err := st.Undoable()
+	if err != nil {
+		return err
+	}
+	for d := range undo {
+		if h, ok := store.HashOf(d); ok {
+			if n, ok := g.number[h]; ok {
+				inv.Blobs[n].Undo = true
+			}
+		}
 	}
 	for d, lease := range r.leased {
 		if h, ok := store.HashOf(d); ok {
