@@ -95,11 +95,12 @@ func walkFast(t *testing.T, seed uint64, steps int) {
 
 // walk is the model, and the store that it is compared with.
 type walk struct {
-	t   *testing.T
-	rng *rand.Rand
-	dir string
-	s   *store.Store
-	c   *Collector
+	t    *testing.T
+	rng  *rand.Rand
+	plan retention.Plan // the last that was made
+	dir  string
+	s    *store.Store
+	c    *Collector
 
 	step    int
 	log     []string // the last operations
@@ -443,15 +444,25 @@ func (w *walk) prune(ctx context.Context) error {
 		return err
 	}
 	plan := retention.Plan{Time: inv.Time}
-	planned := map[digest.Digest]bool{}
 	for _, v := range inv.Versions {
 		if w.rng.IntN(2) == 0 {
 			plan.Decisions = append(plan.Decisions, retention.Decision{Digest: v.Digest, References: v.References, LastUsed: v.LastUsed, Remove: true, Reason: retention.Unused})
-			planned[v.Digest] = true
 		}
 	}
+	// One that was made some steps ago is as good: what has changed since stays.
+	plan, w.plan = w.plan, plan
+	if w.rng.IntN(2) == 0 {
+		plan, w.plan = w.plan, plan
+	}
+	planned := map[digest.Digest][]string{}
+	for _, d := range plan.Decisions {
+		planned[d.Digest] = d.References
+	}
 	if !w.failing {
-		w.allowed = func(d digest.Digest) bool { return planned[d] && !w.inUse(d) }
+		w.allowed = func(d digest.Digest) bool {
+			names, ok := planned[d]
+			return ok && !w.inUse(d) && !slices.ContainsFunc(w.before[d], func(name string) bool { return !slices.Contains(names, name) })
+		}
 	}
 	outcomes, err := w.c.Execute(ctx, plan, nil)
 	if err == nil && len(outcomes) != len(planned) {
