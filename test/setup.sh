@@ -36,10 +36,10 @@ if [ "$what" = all ]; then
 	packages+=(user-mode-linux)                         # an older kernel: internal/overlay
 fi
 
-say() { printf 'setup: %s\n' "$*"; }
+say() { printf 'setup: %s\n' "$*" >&2; }
 
 if [ "$(id -u)" != 0 ]; then
-	say "this needs root: it installs packages; run: sudo test/setup.sh" >&2
+	say "this needs root: it installs packages; run: sudo test/setup.sh"
 	exit 1
 fi
 
@@ -70,7 +70,7 @@ install_packages() {
 		return
 	fi
 	if ! command -v apt-get >/dev/null; then
-		say "no apt-get here; install these by hand: ${missing[*]}" >&2
+		say "no apt-get here; install these by hand: ${missing[*]}"
 		exit 1
 	fi
 	say "installing: ${missing[*]}"
@@ -93,7 +93,7 @@ build() {
 
 build_engine() {
 	if ! command -v "$go" >/dev/null; then
-		say "no go command: install Go 1.26 first (https://go.dev/dl)" >&2
+		say "no go command: install Go 1.26 first (https://go.dev/dl)"
 		exit 1
 	fi
 	mkdir -p "$engine"
@@ -120,7 +120,7 @@ debian)
 	install_packages
 	;;
 *)
-	say "test/setup.sh takes nothing, or the word debian" >&2
+	say "test/setup.sh takes nothing, or the word debian"
 	exit 2
 	;;
 esac
