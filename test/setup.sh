@@ -7,7 +7,7 @@
 #
 # It starts no service. Debian's packages would start dockerd and containerd as
 # they are installed; a policy-rc.d that says no stands in the way meanwhile,
-# and goes again at the end. systemd is not needed.
+# and goes again at the end. systemd need not run.
 #
 # The current engine is built once, in some six minutes, and kept outside the
 # checkout, in ${LARDER_TEST_CACHE:-/var/cache/larder-test}/engine.
@@ -34,6 +34,8 @@ packages=(
 if [ "$what" = all ]; then
 	packages+=(gcc libc6-dev pkg-config libseccomp-dev) # -race, runc
 	packages+=(user-mode-linux)                         # an older kernel: internal/overlay
+	packages+=(skopeo)                                  # reads the store as any OCI tool does
+	packages+=(systemd)                                 # systemd-analyze, for the units
 fi
 
 say() { printf 'setup: %s\n' "$*" >&2; }

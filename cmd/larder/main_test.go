@@ -41,6 +41,12 @@ func TestEngineScripts(t *testing.T) {
 	scripts(t, "testdata/engine")
 }
 
+// Those of testdata/tools use what reads the store beside larder.
+func TestToolScripts(t *testing.T) {
+	testenv.NeedPrograms(t, "skopeo")
+	scripts(t, "testdata/tools")
+}
+
 func scripts(t *testing.T, dir string) {
 	testscript.Run(t, testscript.Params{
 		Dir:                 dir,
