@@ -44,8 +44,9 @@ func TestWhatMakeInstallPutsInPlace(t *testing.T) {
 	showsItsMounts(t, read(t, service))
 }
 
-// showsItsMounts looks for settings that would give the service a mount namespace of its
-// own, in which no container sees its mounts; a comment of the unit lists them.
+// showsItsMounts looks for settings that would give the service a mount
+// namespace of its own, in which no container sees its mounts; a comment of the
+// unit lists them.
 func showsItsMounts(t *testing.T, unit string) {
 	t.Helper()
 	setting := regexp.MustCompile(`\b([A-Z]\w+)=`)
