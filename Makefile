@@ -70,7 +70,7 @@ vet:
 	$(GO) vet -tags faults ./...
 
 .PHONY: bench
-bench: build
+bench: setup build
 	CGO_ENABLED=0 $(GO) run ./test/bench $(BENCH)
 
 .PHONY: lint

@@ -421,9 +421,6 @@ func (m *Manager) Path(name string) string { return filepath.Join(m.mnt, name) }
 // Node is this node's name in the store.
 func (m *Manager) Node() string { return m.node }
 
-// State is the folder of this node's state.
-func (m *Manager) State() string { return m.state }
-
 func (m *Manager) volumeUpper(name string) string {
 	return filepath.Join(m.state, "uppers", "volume", name)
 }
