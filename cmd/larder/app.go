@@ -61,7 +61,7 @@ writable view of the model it asks for.
 	root.AddCommand(
 		a.cmdPull(), a.cmdImport(), a.cmdLs(), a.cmdShow(), a.cmdTag(), a.cmdRm(), a.cmdUndo(), a.cmdTrash(), a.cmdVerify(),
 		a.cmdPs(), a.cmdMount(), a.cmdUmount(), a.cmdVolume(),
-		a.cmdDf(), a.cmdDoctor(), a.cmdVersion(),
+		a.cmdDf(), a.cmdPolicy(), a.cmdDoctor(), a.cmdVersion(),
 		a.topicExitCodes(), a.topicConfig(),
 	)
 	return root

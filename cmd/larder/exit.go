@@ -13,6 +13,7 @@ import (
 	"github.com/larder-project/larder/internal/gc"
 	"github.com/larder-project/larder/internal/modelpack"
 	"github.com/larder-project/larder/internal/reference"
+	"github.com/larder-project/larder/internal/retention"
 	"github.com/larder-project/larder/internal/source"
 	"github.com/larder-project/larder/internal/store"
 	"github.com/larder-project/larder/internal/view"
@@ -70,7 +71,7 @@ func classify(err error) int {
 	switch {
 	case err == nil:
 		return exitDone
-	case errors.As(err, &usage), is(err, config.ErrInvalid, gc.ErrAmbiguous, store.ErrNotStore):
+	case errors.As(err, &usage), is(err, config.ErrInvalid, retention.ErrInvalid, gc.ErrAmbiguous, store.ErrNotStore):
 		return exitUsage
 	case is(err, store.ErrDamaged, volume.ErrDamaged, modelpack.ErrInvalid):
 		return exitDamaged

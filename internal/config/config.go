@@ -45,6 +45,8 @@ type Config struct {
 	HubTokenFile string // file with the hub's token; empty: where the hub's own client keeps it
 	DockerHost   string // the engine's API; asked only for names of containers
 
+	Policy string // file with the policy of clean-up; where it is not there, nothing is removed
+
 	from map[string]string
 }
 
@@ -102,6 +104,9 @@ func Keys() []Key {
 		{Name: "docker.host", Env: []string{"LARDER_DOCKER_HOST", "DOCKER_HOST"}, Default: "unix:///var/run/docker.sock",
 			Usage: "the engine's API, asked for the names of containers",
 			set:   setDockerHost},
+		{Name: "policy", Flag: "policy", Env: []string{"LARDER_POLICY"}, Default: "/etc/larder/policy.yaml", kind: path,
+			Usage: "file with the policy of clean-up; without it nothing is removed",
+			set:   setPath(func(c *Config, v string) { c.Policy = v })},
 	}
 }
 

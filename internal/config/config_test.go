@@ -52,6 +52,7 @@ func TestFlagsBeatEnvironmentBeatsFileBeatsDefaults(t *testing.T) {
 	want := map[string]string{
 		"root": "flag --root", "store": "default", "state": "LARDER_STATE", "socket": "default",
 		"node": in("3"), "jobs": in("4"), "hub.endpoint": "HF_ENDPOINT", "hub.token-file": "default", "docker.host": "default",
+		"policy": "default",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("where values come from (-want +got):\n%s", diff)
@@ -60,6 +61,7 @@ func TestFlagsBeatEnvironmentBeatsFileBeatsDefaults(t *testing.T) {
 	if diff := cmp.Diff(Config{
 		Root: "/flag", Store: "/flag/store", State: "/env/state", Socket: "/run/docker/plugins/larder.sock",
 		Node: "in-file", Jobs: 3, HubEndpoint: "http://env", DockerHost: "unix:///var/run/docker.sock",
+		Policy: "/etc/larder/policy.yaml",
 	}, c, cmp.AllowUnexported(Config{})); diff != "" {
 		t.Errorf("settings (-want +got):\n%s", diff)
 	}
