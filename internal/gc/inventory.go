@@ -206,13 +206,9 @@ func (inv *Inventory) Input() retention.Input {
 		Now: inv.Time,
 	}
 	for i, v := range inv.Versions {
-		out := retention.Version{Digest: v.Digest, References: v.References, Created: v.Created, LastUsed: v.LastUsed, InUse: users(v.Uses), Layers: v.Layers}
+		out := retention.Version{Digest: v.Digest, References: v.References, Created: v.Created, LastUsed: v.LastUsed, InUse: users(v.Uses), Damaged: v.Damaged, Layers: v.Layers}
 		if v.Pin != nil {
 			out.Pinned = v.Pin.Text()
-		}
-		if v.Damaged != "" {
-			// What it needs is not known.
-			out.InUse = append(out.InUse, "nobody can tell: its manifest is damaged")
 		}
 		in.Versions[i] = out
 	}
