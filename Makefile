@@ -2,6 +2,7 @@
 # make test    everything that is tested, on real engines and real file systems (root)
 # make bench   what it costs, beside what people do without Larder (root)
 # make build   bin/larder and bin/larder-plugin, static
+# make gpu     bin/larder-gpu, which tells who uses NVIDIA GPUs (cgo; for nodes that have some)
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -32,6 +33,15 @@ build: ## static programs in bin/
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/larder ./cmd/larder
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/larder-plugin ./plugin
 
+# NVIDIA's library is opened when the program runs, so it builds anywhere; its
+# symbols must stay unresolved until they are called.
+GPU_FLAGS := -tags nvml -trimpath -ldflags '-s -w -extldflags=-Wl,-z,lazy'
+
+.PHONY: gpu
+gpu: export CGO_CFLAGS = -O2 -Wno-deprecated-declarations
+gpu: ## the helper that lists processes on GPUs
+	CGO_ENABLED=1 $(GO) build $(GPU_FLAGS) -o bin/larder-gpu ./cmd/larder-gpu
+
 .PHONY: demo
 demo: ## on a bare Debian machine too: installs what is missing, cleans up after itself
 	MODEL='$(MODEL)' GO='$(GO)' test/demo/demo.sh
@@ -56,11 +66,13 @@ setup: ## what the tests need of the machine: packages, a current Docker engine
 .PHONY: test
 test: export LARDER_TEST_ALL = 1
 test: export GORACE = atexit_sleep_ms=0
-test: setup build vet
+test: setup build gpu vet
 	$(APART) $(GO) run ./test/report -- $(GO) test -tags faults -race -count=1 -timeout $(TEST_TIMEOUT) -p $(TEST_JOBS) \
 		$$($(GO) list ./... | grep -v '/larder/test/')
 	$(APART) $(GO) run ./test/report -- $(GO) test -tags faults -race -count=1 -timeout $(TEST_TIMEOUT) -p 1 -parallel 4 \
 		$$($(GO) list ./... | grep '/larder/test/')
+	CGO_CFLAGS='-O2 -Wno-deprecated-declarations' $(GO) run ./test/report -- \
+		$(GO) test -race -count=1 -tags nvml ./cmd/larder-gpu
 
 .PHONY: vet
 vet:
@@ -68,6 +80,7 @@ vet:
 	if [ -n "$$unformatted" ]; then echo "gofmt these files:" $$unformatted; exit 1; fi
 	$(GO) vet ./...
 	$(GO) vet -tags faults ./...
+	CGO_CFLAGS='-O2 -Wno-deprecated-declarations' $(GO) vet -tags nvml ./cmd/larder-gpu
 
 .PHONY: bench
 bench: setup build
@@ -80,7 +93,7 @@ lint:
 .PHONY: install
 install: build ## programs, systemd units, shell completion
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(UNITDIR)
-	install -m 0755 $(addprefix bin/,$(PROGRAMS)) $(DESTDIR)$(PREFIX)/bin/
+	install -m 0755 $(addprefix bin/,$(PROGRAMS)) $(wildcard bin/larder-gpu) $(DESTDIR)$(PREFIX)/bin/
 	for unit in larder-plugin.socket larder-plugin.service; do \
 		sed 's|/usr/local/bin/|$(PREFIX)/bin/|g' deploy/systemd/$$unit > $(DESTDIR)$(UNITDIR)/$$unit; \
 		chmod 0644 $(DESTDIR)$(UNITDIR)/$$unit; \

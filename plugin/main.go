@@ -21,6 +21,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/larder-project/larder/internal/config"
+	"github.com/larder-project/larder/internal/service"
 	"github.com/larder-project/larder/internal/store"
 	"github.com/larder-project/larder/internal/volume"
 )
@@ -58,7 +59,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	flags.Usage = func() {
 		fmt.Fprintf(out, "larder-plugin %s: the volume driver of Larder\n\nFlags:\n%s", version, flags.FlagUsages())
 	}
-	settings := config.Register(flags)
+	settings := config.Register(flags, "larder-plugin")
 	showVersion := flags.Bool("version", false, "print the version and exit")
 	debug := flags.Bool("debug", false, "log every call")
 	if err := flags.Parse(args); err != nil {
@@ -85,7 +86,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 
 // serve runs the driver until the context ends.
 func serve(ctx context.Context, cfg config.Config, log *slog.Logger) error {
-	release, err := claim(cfg.State)
+	release, err := service.Claim(cfg.State, "plugin")
 	if err != nil {
 		return err
 	}

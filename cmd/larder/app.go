@@ -6,12 +6,15 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/larder-project/larder/internal/config"
 	"github.com/larder-project/larder/internal/gc"
 	"github.com/larder-project/larder/internal/store"
+	"github.com/larder-project/larder/internal/usage"
+	"github.com/larder-project/larder/internal/usage/sources"
 	"github.com/larder-project/larder/internal/volume"
 )
 
@@ -50,7 +53,7 @@ writable view of the model it asks for.
 		return &usageError{err: err, hint: "see " + cmd.CommandPath() + " --help"}
 	})
 	root.PersistentFlags().BoolVar(&a.json, "json", false, "print JSON, one object a line; errors too")
-	a.flags = config.Register(root.PersistentFlags())
+	a.flags = config.Register(root.PersistentFlags(), "larder")
 	root.AddGroup(
 		&cobra.Group{ID: models, Title: "Models:"},
 		&cobra.Group{ID: views, Title: "Views and volumes:"},
@@ -157,12 +160,40 @@ func (a *app) volumes(ctx context.Context) (*volume.Manager, error) {
 
 // collector removes from the store for this node.
 func (a *app) collector(ctx context.Context) (*gc.Collector, error) {
-	vols, err := a.volumes(ctx)
+	set, err := a.sources(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return &gc.Collector{Store: a.st, Node: vols.Node(), Sources: vols.Sources()}, nil
+	return &gc.Collector{Store: a.st, Node: a.vols.Node(), Sources: set.Sources()}, nil
 }
+
+// sources are all that knows what is in use on this node.
+func (a *app) sources(ctx context.Context) (*sources.Set, error) {
+	m, err := a.volumes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return sources.Of(*a.cfg, m), nil
+}
+
+// uses asks all sources, for a list that is worth having even where it is not
+// whole. A source that cannot tell is named on stderr.
+func (a *app) uses(ctx context.Context) ([]usage.Use, error) {
+	set, err := a.sources(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
+	defer cancel()
+	uses, failed := usage.Gather(ctx, set.Sources())
+	for _, f := range failed {
+		a.warn("%v; what it knows is missing here", f)
+	}
+	return uses, nil
+}
+
+// engineTimeout bounds what a list waits for an engine.
+const engineTimeout = 5 * time.Second
 
 // getenv is os.Getenv on the app's environment.
 func (a *app) getenv(name string) string {

@@ -13,7 +13,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/larder-project/larder/internal/progress"
-	"github.com/larder-project/larder/internal/usage"
 )
 
 // shown is a version with its files, as --json prints it.
@@ -70,13 +69,9 @@ func (a *app) cmdShow() *cobra.Command {
 
 // usersOf tells who uses a version on this node. An ordinary user may not ask.
 func (a *app) usersOf(ctx context.Context, version digest.Digest) ([]string, error) {
-	vols, err := a.volumes(ctx)
+	uses, err := a.uses(ctx)
 	if err != nil {
 		return nil, err
-	}
-	uses, failed := usage.Gather(ctx, vols.Sources())
-	if len(failed) > 0 {
-		return nil, failed[0]
 	}
 	out := []string{}
 	for _, u := range uses {

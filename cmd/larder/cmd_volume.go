@@ -133,7 +133,7 @@ func volumeColumns(v volumeInfo) (model, version string) {
 	}
 	models := make([]mountModel, len(v.Models))
 	for i, m := range v.Models {
-		models[i] = mountModel{m.Reference, m.Digest}
+		models[i] = mountModel{Reference: m.Reference, Digest: m.Digest}
 	}
 	return modelColumns(models)
 }

@@ -61,8 +61,12 @@ func TestEverySettingIsInTheManual(t *testing.T) {
 				t.Errorf("docs/cli.md: the row of %s does not have %q: %s", k.Name, want, line)
 			}
 		}
-		if k.Flag != "" && !strings.Contains(line, "`--"+k.Flag+"`") {
-			t.Errorf("docs/cli.md: the row of %s does not have --%s", k.Name, k.Flag)
+		flag := "--" + k.Flag + "`"
+		if k.Program != "" {
+			flag = k.Program + " " + flag
+		}
+		if k.Flag != "" && !strings.Contains(line, "`"+flag) {
+			t.Errorf("docs/cli.md: the row of %s does not have %s", k.Name, flag)
 		}
 	}
 }

@@ -20,6 +20,21 @@ func printJSON(w io.Writer, v any) error {
 	return enc.Encode(v)
 }
 
+// warning is what stderr gets with --json beside a result that lacks something.
+type warning struct {
+	Warning string `json:"warning"`
+}
+
+// warn tells of something that makes a result less than whole.
+func (a *app) warn(format string, args ...any) {
+	text := fmt.Sprintf(format, args...)
+	if a.json {
+		_ = printJSON(a.err, warning{text}) // nobody is left to tell
+		return
+	}
+	fmt.Fprintf(a.err, "larder: %s\n", printable(text))
+}
+
 // table is what people get: columns, aligned, numbers to the right.
 type table struct {
 	head  []string

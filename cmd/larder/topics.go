@@ -42,6 +42,9 @@ or %s; a key that is not known is refused.
 		}
 		b.WriteString("\n    ")
 		if k.Flag != "" {
+			if k.Program != "" {
+				b.WriteString(k.Program + " ")
+			}
 			b.WriteString("--" + k.Flag + ", ")
 		}
 		b.WriteString(strings.Join(k.Env, ", ") + "\n")

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -43,12 +44,33 @@ type Config struct {
 
 	HubEndpoint  string // base URL of the Hugging Face hub
 	HubTokenFile string // file with the hub's token; empty: where the hub's own client keeps it
-	DockerHost   string // the engine's API; asked only for names of containers
+
+	// Who knows what is in use. Records and mount tables are always asked.
+	UsageDocker, UsageContainerd, UsageGPU, UsageCSI Mode
+
+	DockerHost    string   // the engine's API
+	DockerDrivers []string // names of Larder's volume driver; none: volumes of any driver count
+	Containerd    []string // sockets
+	GPUHelper     string   // path of larder-gpu; empty: beside the program, or on the PATH
+	Kubelet       string   // folder of the kubelet
 
 	Policy string // file with the policy of clean-up; where it is not there, nothing is removed
 
+	Listen      string // where the sidecar serves: HOST:PORT, or unix://PATH
+	AllowRemote bool   // it may be reached from elsewhere, or by other users
+
 	from map[string]string
 }
+
+// Mode says whether a source of use is asked.
+type Mode string
+
+// The modes.
+const (
+	Auto Mode = "auto" // where it is there, or ever was on this node
+	On   Mode = "on"
+	Off  Mode = "off"
+)
 
 // From tells where a key's value came from, in words: "flag --root",
 // "LARDER_ROOT", "/etc/larder/config.yaml" or "default".
@@ -58,6 +80,7 @@ func (c Config) From(key string) string { return c.from[key] }
 type Key struct {
 	Name    string   // in the file; nested as in "hub.endpoint"
 	Flag    string   // without dashes; empty: no flag
+	Program string   // that alone has the flag; empty: all programs
 	Env     []string // the first that is set counts
 	Default string
 	Usage   string
@@ -72,6 +95,7 @@ const (
 	text kind = iota
 	number
 	path // of a file or folder
+	boolean
 )
 
 // Keys is the table of all settings, in the order they are documented.
@@ -102,11 +126,48 @@ func Keys() []Key {
 			Usage: "file with the hub's token (default: HF_TOKEN, else where the hub's own client keeps it)",
 			set:   setPath(func(c *Config, v string) { c.HubTokenFile = v })},
 		{Name: "docker.host", Env: []string{"LARDER_DOCKER_HOST", "DOCKER_HOST"}, Default: "unix:///var/run/docker.sock",
-			Usage: "the engine's API, asked for the names of containers",
+			Usage: "the engine's API, asked for containers",
 			set:   setDockerHost},
+		{Name: "docker.drivers", Env: []string{"LARDER_DOCKER_DRIVERS"},
+			Usage: "names of Larder's volume driver, as larder,larder:latest (default any)",
+			set:   setDrivers},
+		{Name: "containerd.address", Env: []string{"LARDER_CONTAINERD_ADDRESS"}, Default: "/run/docker/containerd/containerd.sock,/run/containerd/containerd.sock",
+			Usage: "sockets of containerd, asked for containers",
+			set:   setContainerd},
+		{Name: "gpu.helper", Env: []string{"LARDER_GPU_HELPER"}, kind: path,
+			Usage: "the program that lists processes on GPUs (default larder-gpu beside this one, or on the PATH)",
+			set:   setPath(func(c *Config, v string) { c.GPUHelper = v })},
+		{Name: "csi.kubelet", Env: []string{"LARDER_CSI_KUBELET"}, Default: "/var/lib/kubelet", kind: path,
+			Usage: "folder of the kubelet, read for published volumes",
+			set:   setPath(func(c *Config, v string) { c.Kubelet = v })},
+		usageKey("docker", func(c *Config, m Mode) { c.UsageDocker = m }),
+		usageKey("containerd", func(c *Config, m Mode) { c.UsageContainerd = m }),
+		usageKey("gpu", func(c *Config, m Mode) { c.UsageGPU = m }),
+		usageKey("csi", func(c *Config, m Mode) { c.UsageCSI = m }),
 		{Name: "policy", Flag: "policy", Env: []string{"LARDER_POLICY"}, Default: "/etc/larder/policy.yaml", kind: path,
 			Usage: "file with the policy of clean-up; without it nothing is removed",
 			set:   setPath(func(c *Config, v string) { c.Policy = v })},
+		{Name: "sidecar.listen", Flag: "listen", Program: "larder-sidecar", Env: []string{"LARDER_SIDECAR_LISTEN"}, Default: "127.0.0.1:9777",
+			Usage: "where the sidecar serves its page and metrics: HOST:PORT, or unix://PATH",
+			set:   setListen},
+		{Name: "sidecar.allow-remote", Flag: "allow-remote", Program: "larder-sidecar", Env: []string{"LARDER_SIDECAR_ALLOW_REMOTE"}, Default: "false", kind: boolean,
+			Usage: "let the sidecar listen where other hosts or users can reach it",
+			set:   setAllowRemote},
+	}
+}
+
+func usageKey(source string, put func(*Config, Mode)) Key {
+	return Key{
+		Name: "usage." + source, Env: []string{"LARDER_USAGE_" + strings.ToUpper(source)}, Default: string(Auto),
+		Usage: "ask " + source + " what is in use: auto, on or off",
+		set: func(c *Config, v string) error {
+			switch m := Mode(v); m {
+			case Auto, On, Off:
+				put(c, m)
+				return nil
+			}
+			return fmt.Errorf("%.100q is not auto, on or off", v)
+		},
 	}
 }
 
@@ -117,12 +178,13 @@ type Flags struct {
 	values map[string]*string // by key
 }
 
-// Register adds --config and the flags of Keys to set.
-func Register(set *pflag.FlagSet) *Flags {
+// Register adds --config and the flags of Keys to the set of a program: those
+// that all have, and its own.
+func Register(set *pflag.FlagSet, program string) *Flags {
 	f := &Flags{set: set, values: map[string]*string{}}
 	set.StringVar(&f.file, "config", "", "configuration file (default "+DefaultFile+")")
 	for _, k := range Keys() {
-		if k.Flag == "" {
+		if k.Flag == "" || k.Program != "" && k.Program != program {
 			continue
 		}
 		usage := k.Usage
@@ -130,6 +192,9 @@ func Register(set *pflag.FlagSet) *Flags {
 			usage += " (default " + k.Default + ")"
 		}
 		f.values[k.Name] = set.String(k.Flag, "", usage)
+		if k.kind == boolean {
+			set.Lookup(k.Flag).NoOptDefVal = "true"
+		}
 	}
 	return f
 }
@@ -173,8 +238,8 @@ func (f *Flags) Load(lookup func(string) (string, bool)) (Config, error) {
 				break
 			}
 		}
-		if k.Flag != "" && f.set.Changed(k.Flag) {
-			v, from, typed = *f.values[k.Name], "flag --"+k.Flag, true
+		if given := f.values[k.Name]; given != nil && f.set.Changed(k.Flag) {
+			v, from, typed = *given, "flag --"+k.Flag, true
 		}
 		c.from[k.Name] = from
 		if v == "" && from == "default" {
@@ -253,6 +318,28 @@ func setJobs(c *Config, v string) error {
 	return nil
 }
 
+func setListen(c *Config, v string) error {
+	if path, ok := strings.CutPrefix(v, "unix://"); ok {
+		if !filepath.IsAbs(path) {
+			return fmt.Errorf("%.200q is not unix:// and an absolute path", v)
+		}
+		c.Listen = v
+		return nil
+	}
+	if _, port, err := net.SplitHostPort(v); err != nil || port == "" {
+		return fmt.Errorf("%.200q is neither HOST:PORT nor unix://PATH", v)
+	}
+	c.Listen = v
+	return nil
+}
+
+func setAllowRemote(c *Config, v string) (err error) {
+	if c.AllowRemote, err = strconv.ParseBool(v); err != nil {
+		return fmt.Errorf("%.100q is neither true nor false", v)
+	}
+	return nil
+}
+
 func setEndpoint(c *Config, v string) error {
 	u, err := url.Parse(v)
 	if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
@@ -266,12 +353,35 @@ func setEndpoint(c *Config, v string) error {
 }
 
 // setDockerHost takes whatever the engine's own client may be told: a host that
-// cannot be asked from here costs names of containers, not a command.
+// cannot be asked from here is an error when it is asked.
 func setDockerHost(c *Config, v string) error {
 	if scheme, rest, ok := strings.Cut(v, "://"); !ok || scheme == "" || rest == "" {
 		return fmt.Errorf("%.200q is not unix://PATH or tcp://HOST:PORT", v)
 	}
 	c.DockerHost = v
+	return nil
+}
+
+func setDrivers(c *Config, v string) error {
+	c.DockerDrivers = nil
+	for name := range strings.SplitSeq(v, ",") {
+		if name = strings.TrimSpace(name); name == "" {
+			return fmt.Errorf("%.200q has an empty name in it", v)
+		}
+		c.DockerDrivers = append(c.DockerDrivers, name)
+	}
+	return nil
+}
+
+func setContainerd(c *Config, v string) error {
+	c.Containerd = nil
+	for address := range strings.SplitSeq(v, ",") {
+		address = strings.TrimPrefix(strings.TrimSpace(address), "unix://")
+		if !filepath.IsAbs(address) || strings.ContainsAny(address, "\x00\n") {
+			return fmt.Errorf("%.200q is not the absolute path of a socket, or several with commas", v)
+		}
+		c.Containerd = append(c.Containerd, filepath.Clean(address))
+	}
 	return nil
 }
 

@@ -15,7 +15,7 @@ import (
 func load(t *testing.T, file string, env map[string]string, args ...string) (Config, error) {
 	t.Helper()
 	set := pflag.NewFlagSet("test", pflag.ContinueOnError)
-	f := Register(set)
+	f := Register(set, "larder-sidecar")
 	if file != "" {
 		name := filepath.Join(t.TempDir(), "config.yaml")
 		if err := os.WriteFile(name, []byte(file), 0o600); err != nil {
@@ -31,8 +31,8 @@ func load(t *testing.T, file string, env map[string]string, args ...string) (Con
 
 func TestFlagsBeatEnvironmentBeatsFileBeatsDefaults(t *testing.T) {
 	t.Parallel()
-	const file = "root: /file\nstate: /file/state\nnode: in-file\njobs: 3\nhub:\n  endpoint: http://file/\n"
-	env := map[string]string{"LARDER_ROOT": "/env", "LARDER_STATE": "/env/state", "LARDER_SOCKET": "", "HF_ENDPOINT": "http://env"}
+	const file = "root: /file\nstate: /file/state\nnode: in-file\njobs: 3\nhub:\n  endpoint: http://file/\nusage:\n  docker: off\nsidecar:\n  listen: unix:///run/l.sock\n  allow-remote: false\n"
+	env := map[string]string{"LARDER_ROOT": "/env", "LARDER_STATE": "/env/state", "LARDER_SOCKET": "", "HF_ENDPOINT": "http://env", "LARDER_USAGE_CONTAINERD": "on", "LARDER_SIDECAR_ALLOW_REMOTE": "1"}
 	c, err := load(t, file, env, "--root", "/flag")
 	if err != nil {
 		t.Fatal(err)
@@ -52,7 +52,9 @@ func TestFlagsBeatEnvironmentBeatsFileBeatsDefaults(t *testing.T) {
 	want := map[string]string{
 		"root": "flag --root", "store": "default", "state": "LARDER_STATE", "socket": "default",
 		"node": in("3"), "jobs": in("4"), "hub.endpoint": "HF_ENDPOINT", "hub.token-file": "default", "docker.host": "default",
-		"policy": "default",
+		"docker.drivers": "default", "containerd.address": "default", "gpu.helper": "default", "csi.kubelet": "default",
+		"usage.docker": in("8"), "usage.containerd": "LARDER_USAGE_CONTAINERD", "usage.gpu": "default", "usage.csi": "default",
+		"policy": "default", "sidecar.listen": in("10"), "sidecar.allow-remote": "LARDER_SIDECAR_ALLOW_REMOTE",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("where values come from (-want +got):\n%s", diff)
@@ -61,7 +63,9 @@ func TestFlagsBeatEnvironmentBeatsFileBeatsDefaults(t *testing.T) {
 	if diff := cmp.Diff(Config{
 		Root: "/flag", Store: "/flag/store", State: "/env/state", Socket: "/run/docker/plugins/larder.sock",
 		Node: "in-file", Jobs: 3, HubEndpoint: "http://env", DockerHost: "unix:///var/run/docker.sock",
-		Policy: "/etc/larder/policy.yaml",
+		UsageDocker: Off, UsageContainerd: On, UsageGPU: Auto, UsageCSI: Auto,
+		Containerd: []string{"/run/docker/containerd/containerd.sock", "/run/containerd/containerd.sock"}, Kubelet: "/var/lib/kubelet",
+		Policy: "/etc/larder/policy.yaml", Listen: "unix:///run/l.sock", AllowRemote: true,
 	}, c, cmp.AllowUnexported(Config{})); diff != "" {
 		t.Errorf("settings (-want +got):\n%s", diff)
 	}
@@ -114,7 +118,15 @@ func TestSettingsAreRefusedWithWhatIsAllowed(t *testing.T) {
 		"endpoint":                   {env: map[string]string{"HF_ENDPOINT": "huggingface.co"}, want: "is not an http:// or https:// URL"},
 		"endpoint with a query":      {env: map[string]string{"HF_ENDPOINT": "http://x?a=b"}, want: "has a query"},
 		"docker host":                {env: map[string]string{"DOCKER_HOST": "/run/docker.sock"}, want: "is not unix://PATH or tcp://HOST:PORT"},
+		"mode of a source":           {file: "usage:\n  docker: maybe\n", want: `config.yaml:2): "maybe" is not auto, on or off`},
+		"mode that is no word":       {file: "usage:\n  docker: true\n", want: "config.yaml:2: usage.docker takes text"},
+		"containerd":                 {env: map[string]string{"LARDER_CONTAINERD_ADDRESS": "/a.sock,b.sock"}, want: "is not the absolute path of a socket"},
+		"drivers":                    {env: map[string]string{"LARDER_DOCKER_DRIVERS": "larder,,x"}, want: "has an empty name"},
 		"store and state in one":     {args: []string{"--store", "/x", "--state", "/x/"}, want: "store and state are the same folder, /x"},
+		"listen":                     {args: []string{"--listen", "localhost"}, want: `"localhost" is neither HOST:PORT nor unix://PATH`},
+		"listen on a relative path":  {args: []string{"--listen", "unix://a.sock"}, want: "is not unix:// and an absolute path"},
+		"allow-remote":               {args: []string{"--allow-remote=maybe"}, want: `"maybe" is neither true nor false`},
+		"text for yes or no":         {file: "sidecar:\n  allow-remote: sometimes\n", want: "sidecar.allow-remote takes true or false"},
 		"named file that is missing": {env: map[string]string{"LARDER_CONFIG": "/nonexistent/config.yaml"}, want: "no such file"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -92,8 +92,11 @@ func (r *reader) section(prefix string, n *yaml.Node) error {
 
 func (r *reader) scalar(k Key, n *yaml.Node) error {
 	want, tag := "text", "!!str"
-	if k.kind == number {
+	switch k.kind {
+	case number:
 		want, tag = "a number", "!!int"
+	case boolean:
+		want, tag = "true or false", "!!bool"
 	}
 	if n.Kind != yaml.ScalarNode || n.Tag != tag {
 		return r.refuse(n, "%s takes %s", k.Name, want)

@@ -24,6 +24,7 @@ import (
 	"github.com/larder-project/larder/internal/space"
 	"github.com/larder-project/larder/internal/store"
 	"github.com/larder-project/larder/internal/usage/docker"
+	"github.com/larder-project/larder/internal/usage/sources"
 	"github.com/larder-project/larder/internal/view"
 	"github.com/larder-project/larder/internal/volume"
 )
@@ -40,7 +41,9 @@ const (
 
 // Finding is one thing that was examined.
 type Finding struct {
-	Name    string  `json:"name"` // stable: user, kernel, store, state, views, reflink, quota, tmpfs, loop, space, plugin, engine
+	// Name is stable: user, kernel, store, state, views, reflink, quota, tmpfs,
+	// loop, space, plugin, engine, and usage.NAME for each source of use.
+	Name    string  `json:"name"`
 	Verdict Verdict `json:"verdict"`
 	Found   string  `json:"found"`
 	Advice  string  `json:"advice,omitempty"`
@@ -54,12 +57,16 @@ const patience = 3 * time.Second
 func Examine(ctx context.Context, c config.Config) []Finding {
 	d := &doctor{c: c}
 	d.user()
+	var volumes *volume.Manager
 	if st := d.store(); st != nil {
-		d.state(ctx, st)
+		volumes = d.state(ctx, st)
 		d.space(st)
 	}
 	d.plugin(ctx)
 	d.engine(ctx)
+	if volumes != nil {
+		d.usage(ctx, volumes)
+	}
 	return d.out
 }
 
@@ -125,15 +132,16 @@ func (d *doctor) store() *store.Store {
 	return st
 }
 
-func (d *doctor) state(ctx context.Context, st *store.Store) {
-	_, err := volume.Open(ctx, volume.Config{Store: st, State: d.c.State, Node: d.c.Node})
+// state opens this node's state, and gives its volumes where it can.
+func (d *doctor) state(ctx context.Context, st *store.Store) *volume.Manager {
+	volumes, err := volume.Open(ctx, volume.Config{Store: st, State: d.c.State, Node: d.c.Node})
 	if err != nil {
 		advice := "name another folder with --state, or put this one right"
 		if errors.Is(err, fs.ErrPermission) {
 			advice = "run it as root, or name a folder of your own with --root"
 		}
 		d.find("state", Bad, advice, "%v", err)
-		return
+		return nil
 	}
 	if space.SameFileSystem(d.c.Store, d.c.State) {
 		d.find("state", Good, "", "%s%s: on the store's file system", d.c.State, d.from("state"))
@@ -144,9 +152,10 @@ func (d *doctor) state(ctx context.Context, st *store.Store) {
 	caps, err := overlay.Probe(ctx, st.BlobsDir(), d.c.State)
 	if err != nil {
 		d.find("views", Bad, "without test mounts nothing can be said about this host; run it as root", "%v", err)
-		return
+		return volumes
 	}
 	d.capabilities(caps)
+	return volumes
 }
 
 func (d *doctor) capabilities(caps overlay.Capabilities) {
@@ -267,6 +276,36 @@ func (d *doctor) engine(ctx context.Context) {
 		return
 	}
 	d.find("engine", Good, "", "Docker %s (API %s) at %s", e.Version, e.APIVersion, d.c.DockerHost)
+}
+
+// usage tells of each source of use. While one fails, models are mounted and
+// nothing is removed.
+func (d *doctor) usage(ctx context.Context, volumes *volume.Manager) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for _, s := range sources.Of(d.c, volumes).Status(ctx) {
+		key := "usage." + s.Source
+		switch s.State {
+		case sources.Off:
+			d.find(key, Good, "", "off%s", d.from(key))
+		case sources.Absent:
+			d.find(key, Good, "", "absent; it is asked as soon as it is there")
+		case sources.Answers:
+			at := ""
+			if len(s.At) > 0 {
+				at = " at " + strings.Join(s.At, ", ")
+			}
+			d.find(key, Good, "", "on%s: uses: %d", at, s.Uses)
+		case sources.Failing:
+			advice := "larder volume ls and larder verify tell more"
+			if hinted := interface{ Hint() string }(nil); errors.As(s.Err, &hinted) {
+				advice = hinted.Hint()
+			} else if d.c.From(key) != "" {
+				advice = "put it right, or set " + key + " to off if it is not on this node"
+			}
+			d.find(key, Better, "nothing is removed until it answers: "+advice, "failing: %v", s.Err)
+		}
+	}
 }
 
 // Usable tells whether nothing is bad.

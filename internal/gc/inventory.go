@@ -22,6 +22,7 @@ type Inventory struct {
 	Partials []store.Partial // in ingest/, left by pulls that broke off
 	Usage    store.Usage
 	Trash    []store.Removal
+	Leases   []store.LiveLease // of pulls and imports under way
 
 	// Failed are the sources that could not tell their uses. Where there are
 	// any, what seems unused may be used.
@@ -84,7 +85,10 @@ func (c *Collector) look(ctx context.Context) (*Inventory, error) {
 	g := c.known()
 	err := c.Store.Exclusive(ctx, func(x *store.Exclusive) (err error) {
 		g.update(x.Index())
-		r, inv.Failed, err = c.gather(ctx, x)
+		if r, inv.Failed, err = c.gather(ctx, x); err != nil {
+			return err
+		}
+		inv.Leases, err = x.Leases()
 		return err
 	})
 	if err != nil {

@@ -275,10 +275,14 @@ func (s *scan) result(own string) ([]Namespace, error) {
 	return out, nil
 }
 
-// ignoreGone passes over what /proc answers about a process that has ended or
-// is a zombie.
+// Gone tells that an error is what /proc answers about a process that has ended
+// or is a zombie.
+func Gone(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL)
+}
+
 func ignoreGone(err error) error {
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) {
+	if Gone(err) {
 		return nil
 	}
 	return err

@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -57,7 +58,7 @@ func OpenFiles(ctx context.Context, target string) ([]Holder, error) {
 func heldPaths(dir string, mount uint64) []string {
 	const enough = 4
 	var out []string
-	try := func(link string) bool {
+	_ = eachHeld(dir, func(link string) (bool, error) {
 		var st unix.Statx_t
 		if unix.Statx(unix.AT_FDCWD, link, unix.AT_STATX_DONT_SYNC, unix.STATX_MNT_ID, &st) == nil && st.Mnt_id == mount {
 			path, _ := os.Readlink(link)
@@ -65,23 +66,63 @@ func heldPaths(dir string, mount uint64) []string {
 				out = append(out, path)
 			}
 		}
-		return len(out) < enough
+		return len(out) < enough, nil
+	})
+	return out
+}
+
+// MountsHeld gives the mounts in which a process has its working folder, root,
+// program, an open file or a mapping, by their numbers in the mount table. A
+// process that has ended holds none. Before Linux 5.8 it cannot be told, and
+// the error is errors.ErrUnsupported.
+func MountsHeld(pid int) (map[int]bool, error) {
+	out := map[int]bool{}
+	err := eachHeld(filepath.Join(mounttable.Proc, strconv.Itoa(pid)), func(link string) (bool, error) {
+		var st unix.Statx_t
+		err := unix.Statx(unix.AT_FDCWD, link, unix.AT_STATX_DONT_SYNC, unix.STATX_MNT_ID, &st)
+		switch {
+		case mounttable.Gone(err):
+			return true, nil // closed meanwhile
+		case err != nil:
+			return false, &fs.PathError{Op: "statx", Path: link, Err: err}
+		case st.Mask&unix.STATX_MNT_ID == 0:
+			return false, errors.ErrUnsupported
+		}
+		out[int(st.Mnt_id)] = true
+		return true, nil
+	})
+	if mounttable.Gone(err) {
+		return nil, nil
 	}
+	if err != nil {
+		return nil, fmt.Errorf("find what process %d holds: %w", pid, err)
+	}
+	return out, nil
+}
+
+// eachHeld calls see with the links of a process's folder in /proc that lead to
+// what it holds, until that says no.
+func eachHeld(dir string, see func(link string) (more bool, err error)) error {
 	for _, name := range []string{"cwd", "root", "exe"} {
-		try(filepath.Join(dir, name))
+		if more, err := see(filepath.Join(dir, name)); err != nil || !more {
+			return err
+		}
 	}
 	for _, sub := range []string{"fd", "map_files"} {
 		d, err := os.Open(filepath.Join(dir, sub))
 		if err != nil {
-			continue
+			return err
 		}
-		names, _ := d.Readdirnames(-1)
+		names, err := d.Readdirnames(-1)
 		_ = d.Close()
+		if err != nil {
+			return err
+		}
 		for _, name := range names {
-			if !try(filepath.Join(dir, sub, name)) {
-				return out
+			if more, err := see(filepath.Join(dir, sub, name)); err != nil || !more {
+				return err
 			}
 		}
 	}
-	return out
+	return nil
 }

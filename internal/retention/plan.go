@@ -276,7 +276,11 @@ func (p *planner) leftOut(version int) bool { return p.fits != nil && !p.fits[ve
 // goByRule lists the versions that go by rule, the least recently used first.
 // What would go but stays for another reason gets that one.
 func (p *planner) goByRule() []int {
-	open, next := p.policy.Open(p.in.Now)
+	wall := p.in.Wall
+	if wall.IsZero() {
+		wall = p.in.Now
+	}
+	open, next := p.policy.Open(wall)
 	var going []int
 	for i := range p.verdicts {
 		v := &p.verdicts[i]

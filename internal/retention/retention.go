@@ -43,10 +43,11 @@ type Blob struct {
 type Input struct {
 	Versions []Version // each digest once, in any order
 	Blobs    []Blob
-	Free     int64 // bytes free on the store's file system
-	Capacity int64 // bytes of that file system
-	Trash    int64 // bytes in the trash, which can be had at once
-	Now      time.Time
+	Free     int64     // bytes free on the store's file system
+	Capacity int64     // bytes of that file system
+	Trash    int64     // bytes in the trash, which can be had at once
+	Now      time.Time // by which ages are counted
+	Wall     time.Time // by which windows open; zero: Now
 
 	// Models are patterns of models that the plan is restricted to, as those of
 	// a rule; none: all models. A version of several models goes only where all

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -118,55 +119,93 @@ func (l *Lease) Release() error {
 	return err
 }
 
+// LiveLease is a lease whose owner lives.
+type LiveLease struct {
+	Node    string
+	Purpose string    // "pull", "import"
+	Since   time.Time // when it last came to hold more
+	Digests int       // so many it holds
+}
+
+// Leases lists the leases whose owners live.
+func (x *Exclusive) Leases() ([]LiveLease, error) {
+	var out []LiveLease
+	err := x.s.eachLease(func(node, name string, since time.Time, digests []digest.Digest) {
+		purpose, _, _ := strings.Cut(name, "-")
+		out = append(out, LiveLease{Node: node, Purpose: purpose, Since: since, Digests: len(digests)})
+	})
+	return out, err
+}
+
 // leased gathers the digests of all leases whose owner lives, with the lease's
-// name, and drops those of dead owners. The caller holds the lock exclusively.
-// A lease that cannot be read is an error: then nothing may be removed.
+// name. The caller holds the lock exclusively. A lease that cannot be read is
+// an error: then nothing may be removed.
 func (s *Store) leased() (map[digest.Digest]string, error) {
 	out := map[digest.Digest]string{}
+	err := s.eachLease(func(node, name string, _ time.Time, digests []digest.Digest) {
+		for _, d := range digests {
+			out[d] = node + "/" + name
+		}
+	})
+	return out, err
+}
+
+// eachLease reads the leases whose owner lives, and drops those of dead owners.
+func (s *Store) eachLease(f func(node, name string, since time.Time, digests []digest.Digest)) error {
 	nodes, err := os.ReadDir(s.path("leases"))
 	if err != nil {
-		return nil, fmt.Errorf("read leases: %w", err)
+		return fmt.Errorf("read leases: %w", err)
 	}
 	for _, node := range nodes {
 		entries, err := os.ReadDir(s.path("leases", node.Name()))
 		if err != nil {
-			return nil, fmt.Errorf("read leases: %w", err)
+			return fmt.Errorf("read leases: %w", err)
 		}
 		for _, e := range entries {
 			if !strings.HasSuffix(e.Name(), leaseSuffix) {
 				continue
 			}
-			if err := readLease(s.path("leases", node.Name(), e.Name()), node.Name()+"/"+e.Name(), out); err != nil {
-				return nil, fmt.Errorf("read lease %s/%s: %w", node.Name(), e.Name(), err)
+			digests, since, live, err := readLease(s.path("leases", node.Name(), e.Name()))
+			if err != nil {
+				return fmt.Errorf("read lease %s/%s: %w", node.Name(), e.Name(), err)
+			}
+			if live {
+				f(node.Name(), e.Name(), since, digests)
 			}
 		}
 	}
-	return out, nil
+	return nil
 }
 
-func readLease(path, name string, out map[digest.Digest]string) error {
+// readLease reads what a lease holds; live is false where it is nobody's any
+// more.
+func readLease(path string) (digests []digest.Digest, since time.Time, live bool, err error) {
 	f, err := disk.OpenFile(path, os.O_RDONLY, 0)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil // released just now
+		return nil, since, false, nil // released just now
 	}
 	if err != nil {
-		return err
+		return nil, since, false, err
 	}
 	defer f.Close()
 	dead, err := f.Lock(false)
 	if err != nil {
-		return err
+		return nil, since, false, err
 	}
 	if dead {
-		return ignoreAbsent(disk.Remove(path))
+		return nil, since, false, ignoreAbsent(disk.Remove(path))
+	}
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, since, false, err
 	}
 	lines := bufio.NewScanner(f)
 	for lines.Scan() {
 		d := digest.Digest(lines.Text())
 		if err := modelpack.CheckDigest(d); err != nil {
-			return fmt.Errorf("%w: %w", ErrDamaged, err)
+			return nil, since, false, fmt.Errorf("%w: %w", ErrDamaged, err)
 		}
-		out[d] = name
+		digests = append(digests, d)
 	}
-	return lines.Err()
+	return digests, fi.ModTime(), true, lines.Err()
 }

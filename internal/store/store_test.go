@@ -552,3 +552,36 @@ func FuzzParseIndex(f *testing.F) {
 		versionsOf(index)
 	})
 }
+
+func TestLeasesAreListedWhileTheirOwnersLive(t *testing.T) {
+	t.Parallel()
+	s := open(t)
+	list := func() (out []LiveLease) {
+		t.Helper()
+		err := s.Exclusive(t.Context(), func(x *Exclusive) (err error) {
+			out, err = x.Leases()
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	l, err := s.NewLease(t.Context(), "node", "pull")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Hold(t.Context(), digest.FromString("a"), digest.FromString("b")); err != nil {
+		t.Fatal(err)
+	}
+	got := list()
+	if len(got) != 1 || got[0].Node != "node" || got[0].Purpose != "pull" || got[0].Digests != 2 || time.Since(got[0].Since) > time.Hour {
+		t.Errorf("leases %+v", got)
+	}
+	if err := l.Release(); err != nil {
+		t.Fatal(err)
+	}
+	if got := list(); len(got) > 0 {
+		t.Errorf("after its release: %+v", got)
+	}
+}

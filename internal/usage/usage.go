@@ -13,6 +13,7 @@ package usage
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -66,15 +67,20 @@ type Source interface {
 	// Name is a word that metrics, logs and messages call the source by.
 	Name() string
 	// Uses lists all uses of this kind at this moment. An error means that
-	// they are not known, and then nothing may be removed; a source that is
-	// not there at all (no driver, no engine configured) is not built into the
-	// list of sources in the first place. It does not take the store's lock,
-	// so that it can be asked by who holds it.
+	// they are not known, and then nothing may be removed. It does not take the
+	// store's lock, so that it can be asked by who holds it.
 	Uses(ctx context.Context) ([]Use, error)
 }
 
+// ErrAbsent is wrapped by a source's error where there is nothing to ask: no
+// socket, no driver, no folder. Package sources tells whether that is no use at
+// all or a reason to remove nothing.
+var ErrAbsent = errors.New("nothing there")
+
 // Places tells which versions a volume or a folder of this node shows. Sources
-// that know containers by what they mount are made with one.
+// that know containers by what they mount are made with a function that gives
+// the places of this moment. They call it after they have listed the
+// containers: what those mount was recorded before.
 type Places interface {
 	// OfVolume gives the versions of a volume and of its mounts, by the name
 	// that an engine calls it; ok is false where there is no such volume.

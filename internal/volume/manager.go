@@ -418,6 +418,9 @@ func (m *Manager) List(context.Context) ([]string, error) {
 // folder that has one mount for each run.
 func (m *Manager) Path(name string) string { return filepath.Join(m.mnt, name) }
 
+// State is the folder of this node's state.
+func (m *Manager) State() string { return m.state }
+
 // Node is this node's name in the store.
 func (m *Manager) Node() string { return m.node }
 

@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
-	"strings"
 
 	"github.com/opencontainers/go-digest"
 
@@ -154,46 +152,3 @@ func readViewRecord(path string) ([]digest.Digest, error) {
 	}
 	return r.Versions, nil
 }
-
-// OfVolume implements usage.Places: the versions that a volume is bound to, or
-// means now.
-func (m *Manager) OfVolume(name string) ([]digest.Digest, bool, error) {
-	if CheckName(name) != nil {
-		return nil, false, nil
-	}
-	uses, err := m.usesOf(name)
-	if err != nil {
-		return nil, false, err
-	}
-	mounted, err := m.readMounts(name)
-	if err != nil {
-		return nil, false, err
-	}
-	var out []digest.Digest
-	for _, u := range uses {
-		out = append(out, u.Version)
-	}
-	for _, mr := range mounted {
-		out = append(out, mr.Versions...)
-	}
-	return out, len(out) > 0, nil
-}
-
-// AtPath implements usage.Places: the versions of the mounts at a folder or
-// around it.
-func (m *Manager) AtPath(path string) ([]digest.Digest, bool, error) {
-	mounted, err := m.allMounts()
-	if err != nil {
-		return nil, false, err
-	}
-	path = filepath.Clean(path)
-	var out []digest.Digest
-	for _, mr := range mounted {
-		if path == mr.Target || strings.HasPrefix(path, mr.Target+"/") {
-			out = append(out, mr.Versions...)
-		}
-	}
-	return out, len(out) > 0, nil
-}
-
-var _ usage.Places = (*Manager)(nil)

@@ -26,6 +26,8 @@ const module = "github.com/larder-project/larder/"
 var order = []string{
 	"internal/disk",
 	"internal/atomicfile",
+	"internal/clock",
+	"internal/service",
 	"internal/pattern",
 	"internal/reference",
 	"internal/modelpack",
@@ -44,13 +46,17 @@ var order = []string{
 	"internal/usage/docker",
 	"internal/usage/containerd",
 	"internal/usage/gpu",
+	"internal/usage/csi",
 	"internal/retention",
 	"internal/gc",
 	"internal/volume",
+	"internal/usage/sources",
+	"internal/cleanup",
 	"internal/doctor",
 	"plugin",
 	"sidecar",
 	"cmd/larder",
+	"cmd/larder-gpu",
 }
 
 // forTests are packages that only tests may import, wherever they stand. They

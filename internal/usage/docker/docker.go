@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/client"
 
 	"github.com/larder-project/larder/internal/usage"
@@ -53,24 +54,47 @@ func AskEngine(ctx context.Context, host string) (Engine, error) {
 	return Engine{Version: v.Version, APIVersion: v.APIVersion}, nil
 }
 
-// Containers lists the running containers of the engine at host, by ID.
+// Containers lists all containers of the engine at host by ID, stopped ones
+// too.
 func Containers(ctx context.Context, host string) (map[string]usage.Container, error) {
+	items, err := list(ctx, host)
+	if err != nil {
+		return nil, err
+	}
+	out := make(map[string]usage.Container, len(items))
+	for _, item := range items {
+		out[item.ID] = describe(item)
+	}
+	return out, nil
+}
+
+func describe(item container.Summary) usage.Container {
+	name := ""
+	if len(item.Names) > 0 {
+		name = strings.TrimPrefix(item.Names[0], "/")
+	}
+	return usage.Container{Engine: "docker", ID: item.ID, Name: name, Image: item.Image, State: string(item.State)}
+}
+
+// list asks for the containers in whatever state. What is not a whole list of
+// containers is an error: half of it would be taken for all of it.
+func list(ctx context.Context, host string) ([]container.Summary, error) {
 	c, err := ask(host)
 	if err != nil {
 		return nil, err
 	}
 	defer c.Close()
-	list, err := c.ContainerList(ctx, client.ContainerListOptions{})
+	got, err := c.ContainerList(ctx, client.ContainerListOptions{All: true})
 	if err != nil {
 		return nil, failed(host, err)
 	}
-	out := make(map[string]usage.Container, len(list.Items))
-	for _, item := range list.Items {
-		name := ""
-		if len(item.Names) > 0 {
-			name = strings.TrimPrefix(item.Names[0], "/")
-		}
-		out[item.ID] = usage.Container{Engine: "docker", ID: item.ID, Name: name, Image: item.Image, State: string(item.State)}
+	if got.Items == nil {
+		return nil, fmt.Errorf("engine at %s: its answer is no list of containers", host)
 	}
-	return out, nil
+	for _, item := range got.Items {
+		if item.ID == "" {
+			return nil, fmt.Errorf("engine at %s: its list has a container without an ID", host)
+		}
+	}
+	return got.Items, nil
 }

@@ -33,7 +33,7 @@ func TestContainersOfAnEngine(t *testing.T) {
 			w.Header().Set("Api-Version", "1.41")
 		case strings.HasSuffix(r.URL.Path, "/v1.41/version"):
 			_, _ = w.Write([]byte(`{"Version":"20.10.24+dfsg1","ApiVersion":"1.41","MinAPIVersion":"1.12"}`))
-		case r.URL.Path == "/v1.41/containers/json" && r.URL.RawQuery == "":
+		case r.URL.Path == "/v1.41/containers/json" && r.URL.RawQuery == "all=1":
 			_, _ = w.Write([]byte(`[{"Id":"` + id + `","Names":["/eager_lamport"],"Image":"busybox","State":"running","Mounts":[]}]`))
 		default:
 			http.NotFound(w, r)
