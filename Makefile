@@ -84,7 +84,7 @@ vet:
 	CGO_CFLAGS='-O2 -Wno-deprecated-declarations' $(GO) vet -tags nvml ./cmd/larder-gpu
 
 .PHONY: bench
-bench: build
+bench: setup build
 	CGO_ENABLED=0 $(GO) run ./test/bench $(BENCH)
 
 .PHONY: lint

@@ -101,10 +101,11 @@ func (f *fetch) how() string {
 	return fmt.Sprintf("%d %% of %s", 100*there/total, units.BytesSize(float64(total)))
 }
 
-// Start, Wait, Bytes and Done implement pull.Progress.
+// Start, Wait, Bytes, Have and Done implement pull.Progress.
 func (f *fetch) Start(plan pull.Plan)    { f.total.Store(plan.Bytes) }
 func (f *fetch) Wait(string)             {}
 func (f *fetch) Bytes(_ string, n int64) { f.there.Add(n) }
+func (f *fetch) Have(_ string, n int64)  { f.there.Add(n) }
 func (f *fetch) Done(string, pull.How)   {}
 
 // hubSource is the repository of a hub that a reference names.

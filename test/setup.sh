@@ -7,7 +7,7 @@
 #
 # It starts no service. Debian's packages would start dockerd and containerd as
 # they are installed; a policy-rc.d that says no stands in the way meanwhile,
-# and goes again at the end. systemd is not needed.
+# and goes again at the end. systemd need not run.
 #
 # The current engine is built once, in some six minutes, and kept outside the
 # checkout, in ${LARDER_TEST_CACHE:-/var/cache/larder-test}/engine.
@@ -34,12 +34,14 @@ packages=(
 if [ "$what" = all ]; then
 	packages+=(gcc libc6-dev pkg-config libseccomp-dev) # -race, runc
 	packages+=(user-mode-linux)                         # an older kernel: internal/overlay
+	packages+=(skopeo)                                  # reads the store as any OCI tool does
+	packages+=(systemd)                                 # systemd-analyze, for the units
 fi
 
-say() { printf 'setup: %s\n' "$*"; }
+say() { printf 'setup: %s\n' "$*" >&2; }
 
 if [ "$(id -u)" != 0 ]; then
-	say "this needs root: it installs packages; run: sudo test/setup.sh" >&2
+	say "this needs root: it installs packages; run: sudo test/setup.sh"
 	exit 1
 fi
 
@@ -70,7 +72,7 @@ install_packages() {
 		return
 	fi
 	if ! command -v apt-get >/dev/null; then
-		say "no apt-get here; install these by hand: ${missing[*]}" >&2
+		say "no apt-get here; install these by hand: ${missing[*]}"
 		exit 1
 	fi
 	say "installing: ${missing[*]}"
@@ -93,7 +95,7 @@ build() {
 
 build_engine() {
 	if ! command -v "$go" >/dev/null; then
-		say "no go command: install Go 1.26 first (https://go.dev/dl)" >&2
+		say "no go command: install Go 1.26 first (https://go.dev/dl)"
 		exit 1
 	fi
 	mkdir -p "$engine"
@@ -120,7 +122,7 @@ debian)
 	install_packages
 	;;
 *)
-	say "test/setup.sh takes nothing, or the word debian" >&2
+	say "test/setup.sh takes nothing, or the word debian"
 	exit 2
 	;;
 esac

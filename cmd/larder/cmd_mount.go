@@ -66,7 +66,7 @@ options are those of a volume. What is written goes when the mount goes, unless
 	cmd.Flags().StringVar(&name, "name", "", "name of the volume, to keep or take up again what was written")
 	_ = cmd.RegisterFlagCompletionFunc("name", a.completeVolumes)
 	_ = cmd.RegisterFlagCompletionFunc("option", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-		return []string{"layout=files", "layout=hf", "access=overlay", "access=ro", "scope=run", "scope=volume", "size=", "upper=disk", "upper=tmpfs", "uid=", "gid=", "mode="},
+		return []string{"layout=files", "layout=hf", "access=overlay", "access=ro", "scope=run", "scope=volume", "size=", "upper=disk", "upper=tmpfs", "uid=", "gid=", "mode=", "absorb=off", "absorb=on"},
 			cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
 	})
 	return cmd

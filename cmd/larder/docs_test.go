@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bytes"
+	"io"
 	"os"
 	"regexp"
 	"strings"
@@ -72,6 +74,16 @@ func TestEverySettingIsInTheManual(t *testing.T) {
 func TestEveryVolumeOptionIsOnItsPage(t *testing.T) {
 	t.Parallel()
 	text := page(t, "options.md")
+	for _, name := range options(t) {
+		if !regexp.MustCompile("(?m)^\\|[^|]*`" + name + "`").MatchString(text) {
+			t.Errorf("docs/options.md has no row for %s", name)
+		}
+	}
+}
+
+// options lists the names of all options of volumes.
+func options(t *testing.T) []string {
+	t.Helper()
 	_, err := volume.ParseOptions("x", map[string]string{"zzz": ""})
 	if err == nil {
 		t.Fatal("an unknown option is accepted")
@@ -80,9 +92,38 @@ func TestEveryVolumeOptionIsOnItsPage(t *testing.T) {
 	if !ok {
 		t.Fatalf("the refusal does not list the options: %v", err)
 	}
-	for name := range strings.SplitSeq(list, ", ") {
-		if !regexp.MustCompile("(?m)^\\|[^|]*`" + name + "`").MatchString(text) {
-			t.Errorf("docs/options.md has no row for %s", name)
+	return strings.Split(list, ", ")
+}
+
+func TestCompletionOffersTheOptionsOfAMountAndTheirValues(t *testing.T) {
+	t.Parallel()
+	var out bytes.Buffer
+	a := &app{out: &out, err: io.Discard, lookup: os.LookupEnv}
+	root := a.root()
+	root.SetArgs([]string{"__complete", "mount", "tiny", "folder", "--option", ""})
+	if err := root.Execute(); err != nil {
+		t.Fatal(err)
+	}
+	offered := map[string]bool{}
+	for line := range strings.Lines(out.String()) {
+		key, value, ok := strings.Cut(strings.TrimSpace(line), "=")
+		if !ok {
+			continue
+		}
+		offered[key] = true
+		if value == "" {
+			continue // a number, which a person knows
+		}
+		raw := map[string]string{"model": "tiny", "layout": "hf"}
+		raw[key] = value
+		if _, err := volume.ParseOptions("x", raw); err != nil {
+			t.Errorf("%s=%s is offered and refused: %v", key, value, err)
+		}
+	}
+	for _, name := range options(t) {
+		// The model is an argument; mount fetches nothing.
+		if want := name != "model" && name != "pull"; offered[name] != want {
+			t.Errorf("completion offers %s: %v, want %v", name, offered[name], want)
 		}
 	}
 }

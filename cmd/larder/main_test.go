@@ -41,6 +41,12 @@ func TestEngineScripts(t *testing.T) {
 	scripts(t, "testdata/engine")
 }
 
+// Those of testdata/tools use what reads the store beside larder.
+func TestToolScripts(t *testing.T) {
+	testenv.NeedPrograms(t, "skopeo")
+	scripts(t, "testdata/tools")
+}
+
 func scripts(t *testing.T, dir string) {
 	testscript.Run(t, testscript.Params{
 		Dir:                 dir,
@@ -71,6 +77,8 @@ func scripts(t *testing.T, dir string) {
 			"hub":    startHub,
 			"fault":  injectFault,
 			"gated":  gateRepo,
+			"token":  addToken,
+			"asked":  wasAsked,
 			"damage": damageFile,
 			"engine": startEngine,
 		},
@@ -216,6 +224,38 @@ func injectFault(ts *testscript.TestScript, _ bool, args []string) {
 
 // gated ORG/NAME asks for access to a repository.
 func gateRepo(ts *testscript.TestScript, _ bool, args []string) { hubOf(ts).Repo(args[0]).Gated() }
+
+// token TOKEN [ORG/NAME...] makes a token known to the hub, with access to these
+// repositories.
+func addToken(ts *testscript.TestScript, _ bool, args []string) {
+	hubOf(ts).AddToken(args[0], args[1:]...)
+}
+
+// asked KIND PATH token|nothing tells that the hub was asked for the file and
+// gave it, each time to a token or each time without one; and that its second
+// host saw neither token nor cookie.
+func wasAsked(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 3 || args[2] != "token" && args[2] != "nothing" {
+		ts.Fatalf("usage: asked KIND PATH token|nothing")
+	}
+	h := hubOf(ts)
+	n := 0
+	for _, r := range h.Requests() {
+		if r.Kind != args[0] || r.Path != args[1] || r.Status >= 400 {
+			continue
+		}
+		n++
+		if r.Token != (args[2] == "token") {
+			ts.Fatalf("%s %s came with a token: %v", r.Method, r.URL, r.Token)
+		}
+	}
+	if n == 0 {
+		ts.Fatalf("nobody was given %s", args[1])
+	}
+	if leaks := h.Leaks(); len(leaks) > 0 {
+		ts.Fatalf("a token or cookie came to another host than the hub: %v", leaks)
+	}
+}
 
 // engine starts a private Docker engine and sets DOCKER_HOST.
 func startEngine(ts *testscript.TestScript, _ bool, _ []string) {

@@ -60,13 +60,18 @@ func (p *pullProgress) begin(path string) {
 	delete(p.sizes, path)
 	p.mu.Unlock()
 	if first {
-		p.m.Open(path, size, 0)
+		p.m.Open(path, size)
 	}
 }
 
 func (p *pullProgress) Bytes(path string, n int64) {
 	p.begin(path)
 	p.m.Add(path, n)
+}
+
+func (p *pullProgress) Have(path string, n int64) {
+	p.begin(path)
+	p.m.Have(path, n)
 }
 
 func (p *pullProgress) Done(path string, _ pull.How) {

@@ -96,6 +96,22 @@ func step(op, path string) error {
 	return nil
 }
 
+// Inject does in this process what LARDER_FAULT=full:N:ERRNO does: it counts
+// from here, and step n and all after it return the error number, as if the
+// process had died there. It tells how many steps came since the last call;
+// n 0 ends it. It is for tests that go on in the same process.
+func Inject(n int, errno unix.Errno) (steps int) {
+	fault.Lock()
+	defer fault.Unlock()
+	prepare()
+	steps = fault.n
+	fault.n, fault.at, fault.arg, fault.mode = 0, n, strconv.Itoa(int(errno)), "full"
+	if n == 0 {
+		fault.mode = "count"
+	}
+	return steps
+}
+
 func die() {
 	_ = unix.Kill(unix.Getpid(), unix.SIGKILL)
 	select {} // until the signal has ended this thread too

@@ -218,7 +218,7 @@ func (inv *Inventory) Leftovers(hold time.Duration) Leftovers {
 		}
 	}
 	for _, b := range inv.Blobs {
-		if b.There && b.Versions == 0 && b.Held == "" && old(b.Since) {
+		if b.There && b.Versions == 0 && b.Held == "" && !b.Undo && old(b.Since) {
 			out.Blobs = append(out.Blobs, store.Blob{Digest: b.Hash.Digest(), Size: b.Size})
 			out.Bytes += b.Size
 		}
@@ -230,6 +230,11 @@ func (inv *Inventory) Leftovers(hold time.Duration) Leftovers {
 // rate. It gives the bytes that it freed.
 func (c *Collector) DropLeftovers(ctx context.Context, l Leftovers, limit store.Limit) (int64, error) {
 	var freed int64
+	// Of a removal that was cut short, files may still be in the store that no
+	// version needs.
+	if _, err := c.Recover(ctx); err != nil {
+		return 0, err
+	}
 	for _, p := range l.Partials {
 		ok, err := c.Store.DropPartial(p)
 		if err != nil {
@@ -268,6 +273,13 @@ func (c *Collector) dropBlobs(ctx context.Context, blobs []store.Blob) (freed in
 		if err != nil {
 			return err
 		}
+		if pending, err := c.Store.Pending(); err != nil || pending {
+			return err // another process has died just now; there will be another time
+		}
+		undo, err := c.Store.Undoable()
+		if err != nil {
+			return err
+		}
 		removal := store.Removal{Time: c.now(), Node: c.Node, By: "leftovers", Reason: "no version needs them"}
 		for _, b := range blobs {
 			h, ok := store.HashOf(b.Digest)
@@ -275,7 +287,7 @@ func (c *Collector) dropBlobs(ctx context.Context, blobs []store.Blob) (freed in
 				continue
 			}
 			n := g.id(h)
-			if _, leased := r.leased[b.Digest]; !leased && g.needed[n] == 0 && !held[n] {
+			if _, leased := r.leased[b.Digest]; !leased && !undo[b.Digest] && g.needed[n] == 0 && !held[n] {
 				removal.Blobs = append(removal.Blobs, b)
 			}
 		}

@@ -5,7 +5,9 @@ import (
 	"encoding/hex"
 	"fmt"
 	"maps"
+	"runtime"
 	"slices"
+	"sync"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
@@ -28,6 +30,7 @@ type graph struct {
 	src    reader
 	number map[store.Hash]int32
 	hashes []store.Hash
+	sizes  []int64                   // by blob, as a manifest gives it; -1: none does
 	needed []int32                   // by blob: how many of the entries' contents need it
 	layers map[digest.Digest][]int32 // of every content read so far
 	live   map[digest.Digest]bool    // contents that are counted now
@@ -48,6 +51,7 @@ func (g *graph) id(h store.Hash) int32 {
 		n = int32(len(g.hashes))
 		g.number[h] = n
 		g.hashes = append(g.hashes, h)
+		g.sizes = append(g.sizes, -1)
 		g.needed = append(g.needed, 0)
 	}
 	return n
@@ -65,24 +69,21 @@ func (g *graph) update(entries []v1.Descriptor) {
 			g.drop(d)
 		}
 	}
+	var fresh []v1.Descriptor
 	for digest, d := range now {
 		if g.broken[digest] != nil {
 			g.drop(digest) // it may have been repaired
 		}
 		if !g.live[digest] {
-			g.add(d)
+			fresh = append(fresh, d)
 		}
 	}
-}
-
-func (g *graph) add(d v1.Descriptor) {
-	layers, err := g.read(d)
-	if err != nil {
-		g.broken[d.Digest] = err
-	}
-	g.live[d.Digest] = true
-	for _, n := range layers {
-		g.needed[n]++
+	g.read(fresh)
+	for _, d := range fresh {
+		g.live[d.Digest] = true
+		for _, n := range g.layers[d.Digest] {
+			g.needed[n]++
+		}
 	}
 }
 
@@ -97,60 +98,105 @@ func (g *graph) drop(d digest.Digest) {
 	}
 }
 
-// read gives the distinct blobs that an entry needs, its own content first.
-// Where that cannot be read, the content alone is known.
-func (g *graph) read(d v1.Descriptor) ([]int32, error) {
-	if known, ok := g.layers[d.Digest]; ok {
-		return known, nil
+// read finds the distinct blobs that entries need, each one's own content
+// first, unless they are known. Of what cannot be read, the content alone is
+// known, and it is in broken.
+func (g *graph) read(entries []v1.Descriptor) {
+	entries = slices.DeleteFunc(slices.Clone(entries), func(d v1.Descriptor) bool { return g.layers[d.Digest] != nil })
+	type found struct {
+		d     v1.Descriptor
+		blobs []link
+		err   error
 	}
+	todo, done := make(chan v1.Descriptor), make(chan found, 16)
+	var workers sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), len(entries)) {
+		workers.Go(func() {
+			for d := range todo {
+				blobs, err := links(g.src, d)
+				done <- found{d, blobs, err}
+			}
+		})
+	}
+	go func() {
+		for _, d := range entries {
+			todo <- d
+		}
+		close(todo)
+		workers.Wait()
+		close(done)
+	}()
+	// The map of known layers is read and written here alone.
+	for f := range done {
+		g.layers[f.d.Digest] = g.numbers(f.blobs)
+		if f.err != nil {
+			g.broken[f.d.Digest] = f.err
+		}
+	}
+}
+
+// numbers numbers blobs, each once, the first one first.
+func (g *graph) numbers(blobs []link) []int32 {
+	if len(blobs) == 0 {
+		return nil
+	}
+	out := make([]int32, len(blobs))
+	for i, b := range blobs {
+		out[i] = g.id(b.hash)
+		if b.size >= 0 {
+			g.sizes[out[i]] = b.size
+		}
+	}
+	first := out[0]
+	slices.Sort(out)
+	out = slices.Compact(out)
+	at := slices.Index(out, first)
+	out[0], out[at] = out[at], out[0]
+	return out
+}
+
+// link is a blob that something needs.
+type link struct {
+	hash store.Hash
+	size int64 // bytes; -1: not known
+}
+
+// links gives the blobs that an entry needs, its own content first. Where that
+// cannot be read, it is all that is given.
+func links(src reader, d v1.Descriptor) ([]link, error) {
 	own, ok := store.HashOf(d.Digest)
 	if !ok {
 		return nil, fmt.Errorf("%s is no SHA-256 digest", d.Digest)
 	}
-	out := []int32{g.id(own)}
-	err := g.links(d, func(h store.Hash) { out = append(out, g.id(h)) })
-	if err != nil {
-		out = out[:1]
-	} else {
-		first := out[0]
-		slices.Sort(out)
-		out = slices.Compact(out)
-		at := slices.Index(out, first)
-		out[0], out[at] = out[at], out[0]
-	}
-	g.layers[d.Digest] = slices.Clip(out)
-	return out, err
-}
-
-func (g *graph) links(d v1.Descriptor, f func(store.Hash)) error {
+	out := []link{{own, d.Size}}
 	if store.IsModel(d) {
-		manifest, err := g.src.Manifest(d.Digest)
+		manifest, err := src.Manifest(d.Digest)
 		if err != nil {
-			return err
+			return out, err
 		}
 		// A subject is a manifest of its own, with links of its own.
 		if !bytes.Contains(manifest, []byte(`"subject"`)) {
-			modelpack.EachDigest(manifest, func(text []byte) {
-				var h store.Hash
-				_, _ = hex.Decode(h[:], text) // EachDigest gives 64 hex digits
-				f(h)
+			modelpack.EachDigest(manifest, func(text []byte, size int64) {
+				l := link{size: size}
+				_, _ = hex.Decode(l.hash[:], text) // EachDigest gives 64 hex digits
+				out = append(out, l)
 			})
-			return nil
+			return out, nil
 		}
 	}
 	// An entry of another tool may name others that name others.
-	reached, err := Reach([]v1.Descriptor{d}, g.src.Links)
+	reached, err := Reach([]v1.Descriptor{d}, src.Links)
 	if err != nil {
-		return err
+		return out, err
 	}
 	for d := range reached {
 		h, ok := store.HashOf(d)
 		if !ok {
-			return fmt.Errorf("%s is no SHA-256 digest", d)
+			return out[:1], fmt.Errorf("%s is no SHA-256 digest", d)
 		}
-		f(h)
+		out = append(out, link{h, -1})
 	}
-	return nil
+	return out, nil
 }
 
 // unreadable is the error of an entry that cannot be read, of those that stay

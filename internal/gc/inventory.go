@@ -3,12 +3,10 @@ package gc
 import (
 	"context"
 	"fmt"
-	"io/fs"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 
-	"github.com/larder-project/larder/internal/disk"
 	"github.com/larder-project/larder/internal/retention"
 	"github.com/larder-project/larder/internal/store"
 	"github.com/larder-project/larder/internal/usage"
@@ -20,7 +18,7 @@ type Inventory struct {
 	Versions []VersionInfo // newest first
 	Blobs    []BlobInfo
 	Partials []store.Partial // in ingest/, left by pulls that broke off
-	Usage    store.Usage
+	Usage    store.Usage     // of blobs, their lengths instead of what they take
 	Trash    []store.Removal
 	Leases   []store.LiveLease // of pulls and imports under way
 
@@ -47,10 +45,11 @@ type VersionInfo struct {
 type BlobInfo struct {
 	Hash     store.Hash
 	Size     int64     // bytes; 0 for one that is not there
-	Since    time.Time // when it came
+	Since    time.Time // when it came; zero for one that a version needs
 	Versions int32     // how many versions need it
 	Held     string    // what else needs it: a lease, an entry of another tool
 	There    bool      // it is in the store; else a version lacks it
+	Undo     bool      // a removal in the trash needs it to be undone
 }
 
 // Version finds a version of the inventory.
@@ -118,18 +117,40 @@ func (inv *Inventory) blobs(st *store.Store, g *graph, r roots) error {
 	for n, h := range g.hashes {
 		inv.Blobs[n].Hash = h
 	}
-	err := st.Blobs(func(h store.Hash, fi fs.FileInfo) {
+	err := st.Blobs(func(h store.Hash, stat func() (store.BlobStat, bool, error)) error {
 		n := g.id(h)
 		if int(n) == len(inv.Blobs) {
 			inv.Blobs = append(inv.Blobs, BlobInfo{Hash: h})
 		}
 		b := &inv.Blobs[n]
-		b.Size, b.Since, b.There = fi.Size(), store.Changed(fi), true
-		inv.Usage.Blobs += disk.Allocated(fi)
+		// A blob that a manifest describes is what that says; of the others the
+		// file system is asked.
+		if g.needed[n] > 0 && g.sizes[n] >= 0 {
+			b.Size, b.There = g.sizes[n], true
+		} else {
+			st, there, err := stat()
+			if err != nil || !there {
+				return err
+			}
+			b.Size, b.Since, b.There = st.Size, st.Since, true
+		}
+		inv.Usage.Blobs += b.Size
 		inv.Usage.Files++
+		return nil
 	})
 	if err != nil {
 		return err
+	}
+	undo, err := st.Undoable()
+	if err != nil {
+		return err
+	}
+	for d := range undo {
+		if h, ok := store.HashOf(d); ok {
+			if n, ok := g.number[h]; ok {
+				inv.Blobs[n].Undo = true
+			}
+		}
 	}
 	for d, lease := range r.leased {
 		if h, ok := store.HashOf(d); ok {
@@ -198,13 +219,9 @@ func (inv *Inventory) Input() retention.Input {
 		Now: inv.Time,
 	}
 	for i, v := range inv.Versions {
-		out := retention.Version{Digest: v.Digest, References: v.References, Created: v.Created, LastUsed: v.LastUsed, InUse: users(v.Uses), Layers: v.Layers}
+		out := retention.Version{Digest: v.Digest, References: v.References, Created: v.Created, LastUsed: v.LastUsed, InUse: users(v.Uses), Damaged: v.Damaged, Layers: v.Layers}
 		if v.Pin != nil {
 			out.Pinned = v.Pin.Text()
-		}
-		if v.Damaged != "" {
-			// What it needs is not known.
-			out.InUse = append(out.InUse, "nobody can tell: its manifest is damaged")
 		}
 		in.Versions[i] = out
 	}

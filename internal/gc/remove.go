@@ -221,12 +221,12 @@ func (c *Collector) held(g *graph, r roots) (map[int32]bool, error) {
 		if _, there, err := c.Store.Stat(d); err != nil || !there {
 			continue // it is gone altogether
 		}
-		layers, err := g.read(v1.Descriptor{MediaType: v1.MediaTypeImageManifest, Digest: d})
+		blobs, err := links(g.src, v1.Descriptor{MediaType: v1.MediaTypeImageManifest, Digest: d})
 		if err != nil {
 			return nil, fmt.Errorf("find what %s needs, which %s uses: %w; nothing was removed", d, r.uses[d][0].By, err)
 		}
-		for _, n := range layers {
-			out[n] = true
+		for _, b := range blobs {
+			out[g.id(b.hash)] = true
 		}
 	}
 	return out, nil

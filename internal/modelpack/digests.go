@@ -7,11 +7,12 @@ import (
 
 // EachDigest calls f with the hex digits of every SHA-256 digest that stands
 // as a text of its own in a JSON document: at least those of config and layers
-// of a manifest, in their order, repeated where they are repeated. It is for
-// marking what must stay, where one too many does no harm; it reads some
-// hundred megabytes a second and makes nothing. The document must be JSON: the
-// caller has checked its digest, and whoever wrote it has parsed it.
-func EachDigest(doc []byte, f func(hex []byte)) {
+// of a manifest, in their order, repeated where they are repeated. size is what
+// follows as the size of the same descriptor, as Build writes it, or -1. It is
+// for marking what must stay, where one too many does no harm; it reads a
+// gigabyte a second and makes nothing. The document must be JSON: the caller
+// has checked its digest, and whoever wrote it has parsed it.
+func EachDigest(doc []byte, f func(hex []byte, size int64)) {
 	// A digest can be written with escapes. Nobody does, so that is left to
 	// the slow way.
 	if bytes.Contains(doc, []byte(`\u`)) {
@@ -26,12 +27,32 @@ func EachDigest(doc []byte, f func(hex []byte)) {
 		}
 		doc = doc[i+len(start):]
 		if len(doc) > 64 && doc[64] == '"' && isHexBytes(doc[:64]) {
-			f(doc[:64])
+			f(doc[:64], sizeAfter(doc[65:]))
 		}
 	}
 }
 
-func eachDigestSlowly(doc []byte, f func(hex []byte)) {
+// sizeAfter reads ,"size":N right after a digest.
+func sizeAfter(doc []byte) int64 {
+	const key = `,"size":`
+	if !bytes.HasPrefix(doc, []byte(key)) {
+		return -1
+	}
+	var n int64
+	for i, c := range doc[len(key):] {
+		switch {
+		case c >= '0' && c <= '9' && i < 18:
+			n = n*10 + int64(c-'0')
+		case (c == ',' || c == '}') && i > 0:
+			return n
+		default:
+			return -1
+		}
+	}
+	return -1
+}
+
+func eachDigestSlowly(doc []byte, f func(hex []byte, size int64)) {
 	dec := json.NewDecoder(bytes.NewReader(doc))
 	for {
 		token, err := dec.Token()
@@ -40,7 +61,7 @@ func eachDigestSlowly(doc []byte, f func(hex []byte)) {
 		}
 		if text, ok := token.(string); ok {
 			if hex, ok := bytes.CutPrefix([]byte(text), []byte("sha256:")); ok && len(hex) == 64 && isHexBytes(hex) {
-				f(hex)
+				f(hex, -1)
 			}
 		}
 	}

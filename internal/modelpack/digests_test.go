@@ -11,7 +11,7 @@ import (
 
 func digestsOf(doc []byte) []string {
 	var out []string
-	EachDigest(doc, func(hex []byte) { out = append(out, "sha256:"+string(hex)) })
+	EachDigest(doc, func(hex []byte, _ int64) { out = append(out, "sha256:"+string(hex)) })
 	return out
 }
 
@@ -25,6 +25,16 @@ func TestEachDigestFindsConfigAndLayers(t *testing.T) {
 	want := []string{digest.FromBytes(config).String(), digest.FromString("1").String(), digest.FromString("2").String(), digest.FromString("1").String()}
 	if got := digestsOf(manifest); !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
+	}
+	sizes := map[string]int64{}
+	EachDigest(manifest, func(hex []byte, size int64) { sizes[string(hex)] = size })
+	if got := sizes[digest.FromBytes(config).Encoded()]; got != int64(len(config)) {
+		t.Errorf("the config's size is %d, want %d", got, len(config))
+	}
+	for _, f := range m.Files {
+		if got := sizes[f.Digest.Encoded()]; got != f.Size {
+			t.Errorf("size of %s is %d, want %d", f.Path, got, f.Size)
+		}
 	}
 	escaped := strings.Replace(string(manifest), `"sha256:`, `"sha\u0032\u0035\u0036:`, 2)
 	if got := digestsOf([]byte(escaped)); !slices.Equal(got, want) {
@@ -41,6 +51,18 @@ func TestEachDigestPassesOverWhatIsNone(t *testing.T) {
 		if got := digestsOf([]byte(doc)); len(got) > 0 {
 			t.Errorf("%q: %v", doc, got)
 		}
+	}
+}
+
+func TestSizeThatCannotBeReadIsNone(t *testing.T) {
+	t.Parallel()
+	d := `"sha256:` + digest.FromString("x").Encoded() + `"`
+	for after, want := range map[string]int64{`,"size":7}`: 7, `,"size":0,"x":1}`: 0, `,"size":-7}`: -1, `,"size":7.5}`: -1, `,"size":}`: -1, `,"size":12345678901234567890}`: -1, `, "size":7}`: -1, `}`: -1, `,"size":7`: -1} {
+		EachDigest([]byte(`{"digest":`+d+after), func(_ []byte, size int64) {
+			if size != want {
+				t.Errorf("%s: %d, want %d", after, size, want)
+			}
+		})
 	}
 }
 
@@ -87,6 +109,6 @@ func BenchmarkEachDigest(b *testing.B) {
 	}
 	b.SetBytes(int64(len(manifest)))
 	for b.Loop() {
-		EachDigest(manifest, func([]byte) {})
+		EachDigest(manifest, func([]byte, int64) {})
 	}
 }

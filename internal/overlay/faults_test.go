@@ -105,7 +105,7 @@ func dies(t *testing.T, step int, what, upper, viewDir string, h *host, limit Li
 // TestVictim is the process that dies.
 func TestVictim(t *testing.T) {
 	if os.Getenv("LARDER_TEST_VICTIM") == "" {
-		t.Skip("run by the tests above")
+		return // it is run by the tests above
 	}
 	a := strings.Split(os.Getenv("LARDER_TEST_VICTIM"), "|")
 	var err error

@@ -192,19 +192,6 @@ func IsMounted(path string) (bool, error) {
 	return st.Dev_major != parent.Dev_major || st.Dev_minor != parent.Dev_minor, nil
 }
 
-// IsOverlay tells whether path is the root of an overlay mount: IsMounted, and
-// nothing else was mounted over it.
-func IsOverlay(path string) (bool, error) {
-	if ok, err := IsMounted(path); !ok || err != nil {
-		return false, err
-	}
-	var st unix.Statfs_t
-	if err := unix.Statfs(path, &st); err != nil {
-		return false, &fs.PathError{Op: "statfs", Path: path, Err: err}
-	}
-	return st.Type == unix.OVERLAYFS_SUPER_MAGIC, nil
-}
-
 // Device names a file system as the mount table does. While one of its mounts
 // lives anywhere, no other has the same; afterwards the kernel may use the
 // number again.

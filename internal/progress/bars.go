@@ -15,8 +15,11 @@ import (
 // must not push everything else off the screen.
 const maxBars = 6
 
-// Files smaller than this are gone before a bar could be read.
-const worthABar = 4 << 20
+// Files smaller than this are gone before one could read about them.
+const large = 4 << 20
+
+// barWidth is how wide a bar is where the terminal has room, in columns.
+const barWidth = 24
 
 // bars draws one bar for everything and one for each of the large files under
 // way. The library draws from goroutines of its own, which must not wait for
@@ -24,65 +27,73 @@ const worthABar = 4 << 20
 type bars struct {
 	w     io.Writer
 	p     *mpb.Progress
-	total *mpb.Bar
-	files map[*file]*mpb.Bar
+	total *bar
+	files map[*file]*bar
+}
+
+// bar is a line of the terminal.
+type bar struct {
+	*mpb.Bar
 
 	mu   sync.Mutex
-	line string
+	text string
+}
+
+func (b *bar) say(text string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.text = text
+}
+
+func (b *bar) said() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text
 }
 
 func newBars(w io.Writer) *bars { return &bars{w: w} }
 
 func (b *bars) start(m *Meter) {
-	b.p = mpb.New(mpb.WithOutput(b.w), mpb.WithRefreshRate(150*time.Millisecond), mpb.WithWidth(24))
-	b.files = map[*file]*mpb.Bar{}
-	b.say(m)
+	b.p = mpb.New(mpb.WithOutput(b.w), mpb.WithRefreshRate(150*time.Millisecond), mpb.WithWidth(barWidth))
+	b.files = map[*file]*bar{}
 	fmt.Fprintln(b.w, m.plan.What)
-	b.total = b.p.AddBar(max(m.plan.Bytes, 1),
+	total := &bar{text: m.sum()}
+	total.Bar = b.p.AddBar(max(m.plan.Bytes, 1),
 		mpb.BarPriority(maxBars+1),
-		mpb.AppendDecorators(decor.Any(func(decor.Statistics) string {
-			b.mu.Lock()
-			defer b.mu.Unlock()
-			return " " + b.line
-		})),
+		mpb.AppendDecorators(decor.Any(func(decor.Statistics) string { return " " + total.said() })),
 	)
-	b.total.SetCurrent(m.plan.HaveBytes)
+	total.SetCurrent(m.plan.HaveBytes)
+	b.total = total
 }
 
-// say leaves a copy of the sum for the drawing.
-func (b *bars) say(m *Meter) {
-	line := m.sum()
-	b.mu.Lock()
-	b.line = line
-	b.mu.Unlock()
-}
-
-func (b *bars) opened(_ *Meter, f *file) {
-	if f.size < worthABar || len(b.files) >= maxBars {
+func (b *bars) opened(m *Meter, f *file) {
+	if f.size < large || len(b.files) >= maxBars {
 		return
 	}
-	b.files[f] = b.p.AddBar(f.size,
+	line := &bar{text: f.sum(m.now())}
+	line.Bar = b.p.AddBar(f.size,
 		mpb.BarRemoveOnComplete(),
 		mpb.AppendDecorators(decor.Any(func(s decor.Statistics) string {
-			return fmt.Sprintf(" %s of %s  %s", Bytes(s.Current), Bytes(s.Total), tail(f.name, 44))
+			text := " " + line.said() + "  "
+			room := s.AvailableWidth - barWidth - 2 - utf8.RuneCountInString(text)
+			return text + tail(f.name, min(max(room, 24), 44))
 		})),
 	)
+	b.files[f] = line
 }
 
 func (b *bars) moved(m *Meter, f *file) {
-	b.say(m)
 	// The sum's bar is ended by close alone: rounding, or bytes that are
 	// taken back, must not end it early.
-	b.total.SetCurrent(min(m.plan.HaveBytes+m.bytes, m.plan.Bytes-1))
-	if bar := b.files[f]; bar != nil {
-		bar.SetCurrent(min(f.bytes, f.size-1))
+	b.total.SetCurrent(min(m.done(), m.plan.Bytes-1))
+	if line := b.files[f]; line != nil {
+		line.SetCurrent(min(f.bytes, f.size-1))
 	}
 }
 
 func (b *bars) finished(m *Meter, f *file) {
-	b.say(m)
-	if bar := b.files[f]; bar != nil {
-		bar.SetCurrent(f.size)
+	if line := b.files[f]; line != nil {
+		line.SetCurrent(f.size)
 		delete(b.files, f)
 	}
 }
@@ -98,14 +109,21 @@ func (b *bars) note(_ *Meter, _, text string, wait time.Duration) {
 	fmt.Fprintln(b.p, text) // above the bars
 }
 
-func (b *bars) tick(*Meter) {}
+// tick says how things are also when nothing moves: the rate falls.
+func (b *bars) tick(m *Meter) {
+	b.total.say(m.sum())
+	now := m.now()
+	for f, line := range b.files {
+		line.say(f.sum(now))
+	}
+}
 
 func (b *bars) close(m *Meter) {
-	b.say(m)
-	for _, bar := range b.files {
-		bar.Abort(true)
+	b.tick(m)
+	for _, line := range b.files {
+		line.Abort(true)
 	}
-	if m.plan.HaveBytes+m.bytes >= m.plan.Bytes {
+	if m.done() >= m.plan.Bytes {
 		b.total.SetTotal(-1, true)
 	} else {
 		b.total.Abort(false)

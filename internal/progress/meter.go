@@ -7,8 +7,10 @@
 package progress
 
 import (
+	"cmp"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"time"
 
@@ -26,12 +28,18 @@ const (
 	JSON               // for programs, one object a line
 )
 
-// Choose picks the style for w: bars where it is a terminal, else lines.
+// Choose picks the style for w: bars where it is a terminal, else lines. A
+// terminal that does not know its size (of "docker exec -t" at first, of
+// script(1)) would show no bar at all.
 func Choose(w io.Writer) Style {
-	if IsTerminal(w) {
-		return Bars
+	f, ok := w.(interface{ Fd() uintptr })
+	if !ok || !IsTerminal(w) {
+		return Lines
 	}
-	return Lines
+	if size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err != nil || size.Row == 0 || size.Col == 0 {
+		return Lines
+	}
+	return Bars
 }
 
 // IsTerminal tells whether w shows what it gets to a person.
@@ -65,25 +73,22 @@ type Meter struct {
 	ticking bool
 	started bool // and not finished
 	closed  bool
-	begin   time.Time
-	bytes   int64 // done now, without HaveBytes; resumed bytes count here
-	resumed int64 // of bytes, those that cost nothing
+	all     tally // without HaveBytes
 	files   int
 	open    map[string]*file
-	samples []sample
 	now     func() time.Time
 }
 
 // file is one under way.
 type file struct {
-	name  string
-	size  int64
-	bytes int64
+	name string
+	size int64 // negative: not known
+	tally
 }
 
-type sample struct {
-	at    time.Time
-	bytes int64
+// sum is one line about the file.
+func (f *file) sum(now time.Time) string {
+	return fmt.Sprintf("%s of %s%s", Bytes(f.bytes), Bytes(f.size), pace(f.size-f.bytes, f.rate(now)))
 }
 
 // style prints. Its methods are called with the meter locked; they must not
@@ -103,7 +108,7 @@ func New(w io.Writer, s Style) *Meter {
 	m := &Meter{open: map[string]*file{}, now: time.Now, stop: make(chan struct{})}
 	switch s {
 	case Bars:
-		m.style = newBars(w)
+		m.style, m.every = newBars(w), 250*time.Millisecond
 	case Lines:
 		m.style, m.every = &lines{w: w}, 5*time.Second
 	case JSON:
@@ -125,9 +130,8 @@ func (m *Meter) Start(p Plan) {
 	if m.started {
 		m.style.close(m)
 	}
-	m.plan, m.begin = p, m.now()
-	m.bytes, m.resumed, m.files = 0, 0, 0
-	m.open, m.samples = map[string]*file{}, []sample{{m.begin, 0}}
+	m.plan, m.all, m.files = p, newTally(m.now()), 0
+	m.open = map[string]*file{}
 	m.style.start(m)
 	m.started = true
 	if !m.ticking && m.every > 0 {
@@ -166,27 +170,33 @@ func (m *Meter) ticks() {
 	}
 }
 
-// Open tells that work on a file of so many bytes begins, and how many of them
-// were there from an earlier attempt.
-func (m *Meter) Open(name string, size, have int64) {
+// Open tells that work on a file of so many bytes begins.
+func (m *Meter) Open(name string, size int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.started {
+		m.file(name, size)
+	}
+}
+
+// Have tells that n bytes of a file took no time: they were there from an
+// earlier attempt, or another process brought them.
+func (m *Meter) Have(name string, n int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if !m.started {
 		return
 	}
-	f := m.file(name, size)
-	if have > 0 {
-		f.bytes += have
-		m.bytes += have
-		m.resumed += have
-		m.style.moved(m, f)
-	}
+	f := m.file(name, -1)
+	f.have(n)
+	m.all.have(n)
+	m.style.moved(m, f)
 }
 
 func (m *Meter) file(name string, size int64) *file {
 	f := m.open[name]
 	if f == nil {
-		f = &file{name: name, size: size}
+		f = &file{name: name, size: size, tally: newTally(m.now())}
 		m.open[name] = f
 		m.style.opened(m, f)
 	}
@@ -201,10 +211,9 @@ func (m *Meter) Add(name string, n int64) {
 	if !m.started {
 		return
 	}
-	f := m.file(name, -1)
-	f.bytes += n
-	m.bytes += n
-	m.sample()
+	f, now := m.file(name, -1), m.now()
+	f.add(now, n)
+	m.all.add(now, n)
 	m.style.moved(m, f)
 }
 
@@ -255,62 +264,33 @@ func (m *Meter) Close() {
 	m.stopped.Wait()
 }
 
-// window is how far back the rate looks: long enough to be calm, short enough
-// to be true.
-const window = 10 * time.Second
-
-func (m *Meter) sample() {
-	now := m.now()
-	last := &m.samples[len(m.samples)-1]
-	if len(m.samples) > 1 && now.Sub(last.at) < window/20 {
-		return
-	}
-	m.samples = append(m.samples, sample{now, m.bytes - m.resumed})
-	for len(m.samples) > 2 && now.Sub(m.samples[1].at) > window {
-		m.samples = m.samples[1:]
-	}
-}
-
-// rate is bytes a second lately; 0 where nothing can be said.
-func (m *Meter) rate() float64 {
-	now := m.now()
-	for _, s := range m.samples {
-		if age := now.Sub(s.at); age <= window || s == m.samples[len(m.samples)-1] {
-			if age < 100*time.Millisecond {
-				return 0
-			}
-			return float64(m.bytes-m.resumed-s.bytes) / age.Seconds()
-		}
-	}
-	return 0
-}
-
-// left is how long the rest takes at the present rate; negative where nothing
-// can be said.
-func (m *Meter) left() time.Duration {
-	r := m.rate()
-	todo := m.plan.Bytes - m.plan.HaveBytes - m.bytes
-	if r <= 0 || todo < 0 {
-		return -1
-	}
-	return time.Duration(float64(todo) / r * float64(time.Second))
-}
+// done is all bytes that are there.
+func (m *Meter) done() int64 { return m.plan.HaveBytes + m.all.bytes }
 
 // sum is one line about everything.
 func (m *Meter) sum() string {
-	done, total := m.plan.HaveBytes+m.bytes, m.plan.Bytes
+	done, total := m.done(), m.plan.Bytes
 	s := fmt.Sprintf("%s of %s", Bytes(done), Bytes(total))
 	if total > 0 {
 		s += fmt.Sprintf(" (%d %%)", done*100/total)
 	}
-	if r := m.rate(); r > 0 {
-		s += fmt.Sprintf(", %s/s", Bytes(int64(r)))
-		if left := m.left(); left >= 0 {
-			s += ", " + Duration(left) + " left"
-		}
-	}
+	s += pace(total-done, m.all.rate(m.now()))
 	if m.plan.Files > 0 {
 		s += fmt.Sprintf(", %d of %d files", m.plan.HaveFiles+m.files, m.plan.Files)
 	}
 	return s
+}
+
+// underWay lists the open files of at least so many bytes, the largest first.
+func (m *Meter) underWay(least int64) []*file {
+	var files []*file
+	for _, f := range m.open {
+		if f.size >= least {
+			files = append(files, f)
+		}
+	}
+	slices.SortFunc(files, func(a, b *file) int {
+		return cmp.Or(cmp.Compare(b.size, a.size), cmp.Compare(a.name, b.name))
+	})
+	return files
 }

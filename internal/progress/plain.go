@@ -41,7 +41,19 @@ func (l *lines) start(m *Meter) {
 	fmt.Fprintf(l.w, "%s: %s%s%s\n", p.What, files, Bytes(p.Bytes), have)
 }
 
-func (l *lines) tick(m *Meter) { fmt.Fprintf(l.w, "%s: %s\n", m.plan.What, m.sum()) }
+// mentioned is how many files a line has room for beside the sum.
+const mentioned = 2
+
+func (l *lines) tick(m *Meter) {
+	line := m.plan.What + ": " + m.sum()
+	if m.plan.Files > 1 { // of one file, the sum says it all
+		files := m.underWay(large)
+		for _, f := range files[:min(mentioned, len(files))] {
+			line += fmt.Sprintf("; %s %s", tail(f.name, 32), f.sum(m.now()))
+		}
+	}
+	fmt.Fprintln(l.w, line)
+}
 
 func (l *lines) note(m *Meter, _, text string, wait time.Duration) {
 	if wait > 0 {
@@ -68,14 +80,24 @@ type (
 		HaveBytes int64  `json:"have_bytes"`
 	}
 	progressEvent struct {
-		Event      string  `json:"event"` // progress
-		Model      string  `json:"model"`
-		Files      int     `json:"files"` // done, those that were there included
-		TotalFiles int     `json:"total_files"`
-		Bytes      int64   `json:"bytes"`
-		TotalBytes int64   `json:"total_bytes"`
-		Rate       int64   `json:"rate"`                   // bytes a second
-		Left       float64 `json:"seconds_left,omitempty"` // at this rate
+		Event      string `json:"event"` // progress
+		Model      string `json:"model"`
+		Files      int    `json:"files"` // done, those that were there included
+		TotalFiles int    `json:"total_files"`
+		Bytes      int64  `json:"bytes"`
+		TotalBytes int64  `json:"total_bytes"`
+		speed
+		Open []openFile `json:"open,omitempty"` // the largest first
+	}
+	openFile struct {
+		Path       string `json:"path"`
+		Bytes      int64  `json:"bytes"`
+		TotalBytes int64  `json:"total_bytes"`
+		speed
+	}
+	speed struct {
+		Rate int64   `json:"rate"`                   // bytes a second
+		Left float64 `json:"seconds_left,omitempty"` // at this rate
 	}
 	fileEvent struct {
 		Event string `json:"event"` // file
@@ -104,15 +126,20 @@ func (e *events) finished(_ *Meter, f *file) {
 	e.print(fileEvent{"file", f.name, max(f.size, f.bytes)})
 }
 
+func newSpeed(todo int64, rate float64) speed {
+	return speed{Rate: int64(rate), Left: max(0, left(todo, rate)).Seconds()}
+}
+
 func (e *events) tick(m *Meter) {
+	now := m.now()
 	v := progressEvent{
 		Event: "progress", Model: m.plan.What,
 		Files: m.plan.HaveFiles + m.files, TotalFiles: m.plan.Files,
-		Bytes: m.plan.HaveBytes + m.bytes, TotalBytes: m.plan.Bytes,
-		Rate: int64(m.rate()),
+		Bytes: m.done(), TotalBytes: m.plan.Bytes,
+		speed: newSpeed(m.plan.Bytes-m.done(), m.all.rate(now)),
 	}
-	if left := m.left(); left > 0 {
-		v.Left = left.Seconds()
+	for _, f := range m.underWay(0) {
+		v.Open = append(v.Open, openFile{f.name, f.bytes, f.size, newSpeed(f.size-f.bytes, f.rate(now))})
 	}
 	e.print(v)
 }

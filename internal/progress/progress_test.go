@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -22,7 +23,9 @@ func TestLinesTellPlanRateAndWaits(t *testing.T) {
 		var out bytes.Buffer
 		m := New(&out, Lines)
 		m.Start(Plan{What: "hf://a/b@main", Files: 3, Bytes: 300 << 20, HaveFiles: 1, HaveBytes: 100 << 20})
-		m.Open("w", 200<<20, 50<<20)
+		m.Open("w", 200<<20)
+		m.Have("w", 50<<20)
+		m.Open("small", 1<<20)
 		for range 10 {
 			time.Sleep(490 * time.Millisecond) // none of them at the very moment of the line
 			m.Add("w", 5<<20)
@@ -35,7 +38,7 @@ func TestLinesTellPlanRateAndWaits(t *testing.T) {
 		m.Close()
 		m.Add("w", 1) // ignored, no panic
 		const want = "hf://a/b@main: 3 files, 300 MiB; 1 of them, 100 MiB, are in the store already\n" +
-			"hf://a/b@main: 200 MiB of 300 MiB (66 %), 10 MiB/s, 10 s left, 1 of 3 files\n" +
+			"hf://a/b@main: 200 MiB of 300 MiB (66 %), 10 MiB/s, 10 s left, 1 of 3 files; w 100 MiB of 200 MiB, 10 MiB/s, 10 s left\n" +
 			"the hub asks to wait; waiting 1 min 30 s\n"
 		if diff := cmp.Diff(want, out.String()); diff != "" {
 			t.Errorf("lines (-want +got):\n%s", diff)
@@ -48,7 +51,7 @@ func TestEventsAreOneObjectALine(t *testing.T) {
 	var out bytes.Buffer
 	m := New(&out, JSON)
 	m.Start(Plan{What: "m", Files: 2, Bytes: 10, HaveFiles: 1, HaveBytes: 4})
-	m.Open("a/<b>", 6, 0)
+	m.Open("a/<b>", 6)
 	m.Add("a/<b>", 6)
 	m.Done("a/<b>")
 	m.Wait("slow down", 2*time.Second)
@@ -72,9 +75,62 @@ func TestEventsAreOneObjectALine(t *testing.T) {
 	}
 }
 
-// terminal is a pseudo-terminal; what is written to the file comes out of the
-// function.
-func terminal(t *testing.T) (*os.File, func() string) {
+func TestLinesNameTheTwoLargestFilesUnderWay(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var out bytes.Buffer
+		m := New(&out, Lines)
+		m.Start(Plan{What: "m", Files: 4, Bytes: 1 << 30})
+		for i, name := range []string{"a-rather-long-folder-name/model-1-of-3.safetensors", "b", "c"} {
+			m.Open(name, int64(i+1)*100<<20)
+		}
+		time.Sleep(4900 * time.Millisecond)
+		m.Add("b", 49<<20)
+		m.Add("a-rather-long-folder-name/model-1-of-3.safetensors", 49<<20)
+		time.Sleep(200 * time.Millisecond)
+		synctest.Wait()
+		m.Done("c")
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		m.Close()
+		const want = "m: 4 files, 1.0 GiB\n" +
+			"m: 98 MiB of 1.0 GiB (9 %), 20 MiB/s, 47 s left, 0 of 4 files; c 0 B of 300 MiB; b 49 MiB of 200 MiB, 9.8 MiB/s, 15 s left\n" +
+			"m: 98 MiB of 1.0 GiB (9 %), 9.8 MiB/s, 1 min 34 s left, 1 of 4 files; b 49 MiB of 200 MiB, 4.9 MiB/s, 31 s left; …r-name/model-1-of-3.safetensors 49 MiB of 100 MiB, 4.9 MiB/s, 10 s left\n"
+		if diff := cmp.Diff(want, out.String()); diff != "" {
+			t.Errorf("lines (-want +got):\n%s", diff)
+		}
+	})
+}
+
+// What was there before says nothing about how fast the rest will come.
+func TestTheRateCountsOnlyWhatComesNow(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var out bytes.Buffer
+		m := New(&out, JSON)
+		m.Start(Plan{What: "m", Files: 3, Bytes: 1000})
+		m.Open("slow", 500)
+		m.Have("slow", 400)
+		m.Open("fast", 500)
+		m.Open("", -1) // of unknown size, as verify has it
+		time.Sleep(900 * time.Millisecond)
+		m.Add("slow", 20)
+		m.Add("fast", 80)
+		time.Sleep(200 * time.Millisecond)
+		synctest.Wait()
+		m.Close()
+		lines := strings.Split(out.String(), "\n")
+		const want = `{"event":"progress","model":"m","files":0,"total_files":3,"bytes":500,"total_bytes":1000,"rate":100,"seconds_left":5,` +
+			`"open":[{"path":"fast","bytes":80,"total_bytes":500,"rate":80,"seconds_left":5.25},{"path":"slow","bytes":420,"total_bytes":500,"rate":20,"seconds_left":4}]}`
+		if diff := cmp.Diff(want, lines[1]); diff != "" {
+			t.Errorf("the first event of progress (-want +got):\n%s", diff)
+		}
+	})
+}
+
+// terminal is a pseudo-terminal of so many columns. What is written to the
+// file comes out of the function, which closes it.
+func terminal(t *testing.T, columns uint16) (*os.File, func() string) {
 	t.Helper()
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
@@ -91,7 +147,7 @@ func terminal(t *testing.T) (*os.File, func() string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.IoctlSetWinsize(int(tty.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 24, Col: 120}); err != nil {
+	if err := unix.IoctlSetWinsize(int(tty.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 24, Col: columns}); err != nil {
 		t.Fatal(err)
 	}
 	var out bytes.Buffer
@@ -108,12 +164,44 @@ func terminal(t *testing.T) (*os.File, func() string) {
 	}
 }
 
+func TestEachBarOnATerminalHasRateTimeLeftAndTheEndOfItsName(t *testing.T) {
+	t.Parallel()
+	for _, columns := range []uint16{80, 120} {
+		t.Run(fmt.Sprint(columns), func(t *testing.T) {
+			t.Parallel()
+			tty, read := terminal(t, columns)
+			m := New(tty, Bars)
+			const name = "a-folder/of-models/model-1-of-2.safetensors"
+			m.Start(Plan{What: "hf://org/name@main", Files: 2, Bytes: 2 << 30})
+			m.Open(name, 1<<30)
+			for range 40 {
+				time.Sleep(30 * time.Millisecond)
+				m.Add(name, 1<<20)
+			}
+			m.Close()
+			end := "1-of-2.safetensors"
+			if columns == 120 {
+				end = name
+			}
+			line := regexp.MustCompile(`\d+ MiB of 1\.0 GiB, \d+ MiB/s, \d+ s left  …?\S*` + regexp.QuoteMeta(end) + `\s`)
+			if out := read(); !line.MatchString(out) {
+				t.Errorf("no line fits %s in %q", line, out)
+			}
+		})
+	}
+}
+
 func TestBarsOnATerminal(t *testing.T) {
 	t.Parallel()
-	tty, read := terminal(t)
+	tty, read := terminal(t, 120)
 	if Choose(tty) != Bars {
 		t.Fatal("a terminal gets no bars")
 	}
+	unsized, readUnsized := terminal(t, 0)
+	if Choose(unsized) != Lines {
+		t.Error("a terminal without columns gets bars, which nobody would see")
+	}
+	readUnsized()
 	m := New(tty, Bars)
 	const files, each = 40, 8 << 20
 	m.Start(Plan{What: "hf://org/name@main", Files: files, Bytes: files * each})
@@ -121,7 +209,7 @@ func TestBarsOnATerminal(t *testing.T) {
 	for i := range files {
 		work.Go(func() {
 			name := fmt.Sprintf("weights-%d.safetensors", i)
-			m.Open(name, each, 0)
+			m.Open(name, each)
 			for range 8 {
 				time.Sleep(50 * time.Millisecond)
 				m.Add(name, each/8)
@@ -149,10 +237,10 @@ func TestBarsOnATerminal(t *testing.T) {
 
 func TestAnInterruptedMeterCloses(t *testing.T) {
 	t.Parallel()
-	tty, read := terminal(t)
+	tty, read := terminal(t, 120)
 	m := New(tty, Bars)
 	m.Start(Plan{What: "m", Files: 1, Bytes: 100 << 20})
-	m.Open("f", 100<<20, 0)
+	m.Open("f", 100<<20)
 	m.Add("f", 10<<20)
 	closed := make(chan struct{})
 	go func() { m.Close(); m.Close(); close(closed) }()

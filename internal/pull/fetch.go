@@ -100,7 +100,7 @@ func (n *network) item(ctx context.Context, it *item) error {
 			return errors.Join(err, ing.Close())
 		}
 		if found {
-			n.o.Progress.Bytes(it.want.Path, it.want.Size)
+			n.o.Progress.Have(it.want.Path, it.want.Size)
 			n.o.Progress.Done(it.want.Path, Reused)
 			return ing.Discard()
 		}

@@ -115,7 +115,7 @@ func (d *download) resume(ctx context.Context) error {
 		d.done[i] = true
 		d.it.resumed += n
 	}
-	d.n.o.Progress.Bytes(d.it.want.Path, d.it.resumed)
+	d.n.o.Progress.Have(d.it.want.Path, d.it.resumed)
 	return nil
 }
 

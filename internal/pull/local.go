@@ -170,6 +170,7 @@ func (r *run) duplicate(ctx context.Context, it *item, f *os.File, before fs.Fil
 			return errors.Join(err, ing.Close())
 		}
 		if found {
+			r.o.Progress.Have(it.want.Path, it.want.Size)
 			r.o.Progress.Done(it.want.Path, Reused)
 			return ing.Discard()
 		}

@@ -43,6 +43,9 @@ type Progress interface {
 	// Bytes: n more bytes of the file are here; n is negative when bytes
 	// turned out wrong and are asked for again.
 	Bytes(path string, n int64)
+	// Have: n bytes of the file took no time: an earlier attempt or another
+	// process has brought them.
+	Have(path string, n int64)
 	// Done: the file is in the store.
 	Done(path string, how How)
 }
@@ -52,6 +55,7 @@ type silent struct{}
 func (silent) Start(Plan)          {}
 func (silent) Wait(string)         {}
 func (silent) Bytes(string, int64) {}
+func (silent) Have(string, int64)  {}
 func (silent) Done(string, How)    {}
 
 func (r *run) plan() Plan {

@@ -214,13 +214,14 @@ type recorder struct {
 	mu    sync.Mutex
 	plan  *Plan
 	bytes map[string]int64
+	had   map[string]int64 // of bytes
 	done  map[string]How
 	waits map[string]int
 	wrong []string
 }
 
 func newRecorder() *recorder {
-	return &recorder{bytes: map[string]int64{}, done: map[string]How{}, waits: map[string]int{}}
+	return &recorder{bytes: map[string]int64{}, had: map[string]int64{}, done: map[string]How{}, waits: map[string]int{}}
 }
 
 func (p *recorder) Start(plan Plan) {
@@ -248,6 +249,16 @@ func (p *recorder) Bytes(path string, n int64) {
 	if p.bytes[path] < 0 {
 		p.wrong = append(p.wrong, fmt.Sprintf("%s has %d bytes", path, p.bytes[path]))
 	}
+	if n < 0 {
+		p.had[path] = 0 // all of the file is taken back
+	}
+}
+
+func (p *recorder) Have(path string, n int64) {
+	p.Bytes(path, n)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.had[path] += n
 }
 
 func (p *recorder) Done(path string, how How) {
@@ -262,8 +273,9 @@ func (p *recorder) finished() int {
 	return len(p.done)
 }
 
-// check compares the sums with the plan, after a pull that succeeded.
-func (p *recorder) check(t testing.TB) {
+// check compares the sums with the plan and the result of a pull that
+// succeeded.
+func (p *recorder) check(t testing.TB, res Result) {
 	t.Helper()
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -281,6 +293,15 @@ func (p *recorder) check(t testing.TB) {
 			t.Errorf("progress: %s has %d bytes, %d were reported", f.Path, f.Size, p.bytes[f.Path])
 		}
 	}
+	var resumed int64
+	for path, n := range p.had {
+		if p.done[path] != Reused {
+			resumed += n
+		}
+	}
+	if resumed != res.Resumed {
+		t.Errorf("progress: %d bytes are said to be of an earlier attempt, it left %d", resumed, res.Resumed)
+	}
 }
 
 func mustRun(t testing.TB, st *store.Store, src source.Source, o Options) Result {
@@ -291,7 +312,7 @@ func mustRun(t testing.TB, st *store.Store, src source.Source, o Options) Result
 	if err != nil {
 		t.Fatal(err)
 	}
-	rec.check(t)
+	rec.check(t, res)
 	if left := leftovers(t, st); len(left) > 0 {
 		t.Errorf("a pull that succeeded leaves %v in ingest", left)
 	}

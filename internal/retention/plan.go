@@ -356,7 +356,8 @@ func (p *planner) inOrder() []int {
 
 func (p *planner) decision(i int) Decision {
 	v := p.verdicts[i]
-	d := Decision{Digest: p.in.Versions[i].Digest, References: p.in.Versions[i].References, LastUsed: p.in.Versions[i].LastUsed, Reason: v.reason, Why: v.why}
+	in := &p.in.Versions[i]
+	d := Decision{Digest: in.Digest, References: in.References, LastUsed: in.LastUsed, Reason: v.reason, Why: v.why}
 	if v.model != nil {
 		d.Model = v.model.name
 	}

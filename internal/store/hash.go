@@ -19,14 +19,32 @@ func HashOf(d digest.Digest) (h Hash, ok bool) {
 }
 
 func parseHash(name string) (h Hash, ok bool) {
-	if len(name) != 64 || !isBlobName(name) {
+	if len(name) != 64 {
 		return h, false
 	}
-	_, err := hex.Decode(h[:], []byte(name))
-	return h, err == nil
+	for i := range h {
+		hi, lo := nibble(name[2*i]), nibble(name[2*i+1])
+		if hi > 15 || lo > 15 {
+			return h, false
+		}
+		h[i] = hi<<4 | lo
+	}
+	return h, true
 }
 
 // Digest is the hash as OCI writes it.
 func (h Hash) Digest() digest.Digest {
 	return digest.Digest("sha256:" + hex.EncodeToString(h[:]))
+}
+
+// nibble is the value of a hex digit as names of blobs have them; more than 15
+// for what is none.
+func nibble(c byte) byte {
+	switch {
+	case c >= '0' && c <= '9':
+		return c - '0'
+	case c >= 'a' && c <= 'f':
+		return c - 'a' + 10
+	}
+	return 0xff
 }

@@ -127,87 +127,117 @@ func (s *Store) writeRemoval(r Removal, record string) error {
 
 // Condemn makes the chosen removals ones that cannot be undone; Shred then
 // deletes their files. Blobs that another removal needs to be undone are
-// handed over to it. It also sweeps folders that have no record, which a crash
-// left empty.
+// handed over to it first. It goes one by one, so that after a crash whatever
+// is still a removal can be undone. It also sweeps folders that have no record,
+// which a crash left empty.
 func (x *Exclusive) Condemn(choose func(Removal) bool) ([]Removal, error) {
-	all, err := x.s.Trash()
+	left, err := x.s.Trash()
 	if err != nil {
 		return nil, err
 	}
-	var condemned, staying []Removal
-	for _, r := range all {
-		if choose(r) {
-			condemned = append(condemned, r)
-		} else {
-			staying = append(staying, r)
+	var gone []Removal
+	for _, r := range slices.Clone(left) {
+		if !choose(r) {
+			continue
 		}
-	}
-	if len(condemned) > 0 && len(staying) > 0 {
-		if err := x.handOver(condemned, staying); err != nil {
-			return nil, fmt.Errorf("empty trash: %w", err)
+		left = slices.DeleteFunc(left, func(o Removal) bool { return o.ID == r.ID })
+		if err := x.handOver(r, left); err != nil {
+			return gone, fmt.Errorf("empty trash: %w", err)
 		}
-	}
-	for i, r := range condemned {
 		dir := x.s.trashDir(r.ID)
 		if err := disk.Rename(filepath.Join(dir, removalName), filepath.Join(dir, goneName)); err != nil {
-			return condemned[:i], fmt.Errorf("empty trash: %w", err)
+			return gone, fmt.Errorf("empty trash: %w", err)
 		}
+		gone = append(gone, r)
 		if err := disk.SyncDir(dir); err != nil {
-			return condemned[:i+1], fmt.Errorf("empty trash: %w", err)
+			return gone, fmt.Errorf("empty trash: %w", err)
 		}
 		x.s.note(Event{Event: Deleted, Removal: r.ID, Time: x.s.now(), Bytes: r.Size(), Versions: r.Versions, Reason: r.Reason, By: r.By})
 	}
-	return condemned, x.s.sweepTrash()
+	return gone, x.s.sweepTrash()
 }
 
-// handOver moves blobs of removals that are to be deleted to those that need
-// them: two versions may share a blob, and then it lies with the one that was
-// removed last.
-func (x *Exclusive) handOver(condemned, staying []Removal) error {
-	for i, r := range staying {
-		needed, err := x.s.needs(r.References)
-		if err != nil {
-			// What it needs is not known, so it may be any of them. It cannot
-			// be undone either, unless what is damaged is repaired.
-			return fmt.Errorf("removal %s: %w; empty that one first", r.ID, err)
-		}
-		var taken []Blob
-		for j := range condemned {
-			from := &condemned[j]
-			var left []Blob
-			for _, b := range from.Blobs {
-				_, there, err := x.s.Stat(b.Digest)
-				if err != nil {
-					return err
-				}
-				if !needed[b.Digest] || there {
-					left = append(left, b)
-					continue
-				}
-				err = disk.Rename(filepath.Join(x.s.trashDir(from.ID), b.Digest.Encoded()), filepath.Join(x.s.trashDir(r.ID), b.Digest.Encoded()))
-				if errors.Is(err, fs.ErrNotExist) {
-					continue
-				}
-				if err != nil {
-					return err
-				}
-				taken = append(taken, b)
+// handOver moves blobs of a removal to the heirs that need them: two versions
+// may share a blob, and then it lies with the one that was removed last. What
+// lies in the folder counts, not what the record lists: an earlier hand-over
+// may have been cut short.
+func (x *Exclusive) handOver(r Removal, heirs []Removal) error {
+	if len(heirs) == 0 {
+		return nil
+	}
+	dir := x.s.trashDir(r.ID)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for i := range heirs {
+		heir := &heirs[i]
+		needed := x.s.neededBy(*heir)
+		taken := false
+		for _, e := range entries {
+			d := digest.NewDigestFromEncoded(digest.SHA256, e.Name())
+			if !isBlobName(e.Name()) || !needed[d] {
+				continue
 			}
-			from.Blobs = left
+			if _, there, err := x.s.Stat(d); err != nil || there {
+				continue // undo finds it in the store
+			}
+			fi, err := os.Lstat(filepath.Join(dir, e.Name()))
+			if errors.Is(err, fs.ErrNotExist) {
+				continue // an heir before this one has it
+			}
+			if err != nil {
+				return err
+			}
+			if err := disk.Rename(filepath.Join(dir, e.Name()), filepath.Join(x.s.trashDir(heir.ID), e.Name())); err != nil {
+				return err
+			}
+			heir.Blobs = append(heir.Blobs, Blob{d, fi.Size()})
+			taken = true
 		}
-		if len(taken) == 0 {
+		if !taken {
 			continue
 		}
-		if err := disk.SyncDir(x.s.trashDir(r.ID)); err != nil {
+		if err := disk.SyncDir(x.s.trashDir(heir.ID)); err != nil {
 			return err
 		}
-		r.Blobs = append(r.Blobs, taken...)
-		staying[i] = r
-		if err := x.s.writeRemoval(r, removalName); err != nil {
+		if err := x.s.writeRemoval(*heir, removalName); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// Undoable gives every digest that is needed to undo what is in the trash.
+func (s *Store) Undoable() (map[digest.Digest]bool, error) {
+	removals, err := s.Trash()
+	if err != nil {
+		return nil, err
+	}
+	out := map[digest.Digest]bool{}
+	for _, r := range removals {
+		for d := range s.neededBy(r) {
+			out[d] = true
+		}
+	}
+	return out, nil
+}
+
+// neededBy gives every digest that is needed to undo a removal. A version of
+// which the manifest is gone or damaged needs nothing: it cannot be brought
+// back, whatever else is kept.
+func (s *Store) neededBy(r Removal) map[digest.Digest]bool {
+	out := map[digest.Digest]bool{}
+	for _, d := range r.References {
+		needed, err := s.needs([]v1.Descriptor{d})
+		if err != nil {
+			continue
+		}
+		for d := range needed {
+			out[d] = true
+		}
+	}
+	return out
 }
 
 // needs gives every digest that entries of removals reach, through manifests

@@ -168,8 +168,8 @@ func (x *Exclusive) Tidy() error {
 		if len(r.References) == 0 || standing(x.index.Manifests, r.References) < len(r.References) {
 			continue
 		}
-		if err := x.handOver([]Removal{r}, slices.DeleteFunc(slices.Clone(removals), func(o Removal) bool { return o.ID == r.ID })); err != nil {
-			continue // another removal is damaged; this one can wait
+		if err := x.handOver(r, slices.DeleteFunc(slices.Clone(removals), func(o Removal) bool { return o.ID == r.ID })); err != nil {
+			return fmt.Errorf("drop removal %s: %w", r.ID, err)
 		}
 		if _, err := x.s.bringBack(r); err != nil && !errors.Is(err, ErrNotFound) {
 			return err

@@ -11,35 +11,49 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 
 	"github.com/larder-project/larder/internal/atomicfile"
 	"github.com/larder-project/larder/internal/disk"
 )
 
-// Blobs calls f with every blob of the store.
-func (s *Store) Blobs(f func(h Hash, fi fs.FileInfo)) error {
+// BlobStat is what the file system says of a blob.
+type BlobStat struct {
+	Size      int64     // bytes
+	Allocated int64     // bytes on the disk
+	Since     time.Time // when it came into the store, or was last touched
+}
+
+// Blobs calls f with every blob of the store, until it gives an error. There
+// may be a million, so the file system is asked about a blob only where f asks,
+// and as directly as can be; there is false for one that was taken out just now.
+func (s *Store) Blobs(f func(h Hash, stat func() (st BlobStat, there bool, err error)) error) error {
 	dir, err := os.Open(s.path(blobsName, sha256Name))
 	if err != nil {
 		return fmt.Errorf("list blobs: %w", err)
 	}
 	defer dir.Close()
+	fd := int(dir.Fd())
 	for {
-		entries, err := dir.ReadDir(4096)
-		for _, e := range entries {
-			h, ok := parseHash(e.Name())
+		names, err := dir.Readdirnames(4096)
+		for _, name := range names {
+			h, ok := parseHash(name)
 			if !ok {
 				continue
 			}
-			fi, err := e.Info()
-			if errors.Is(err, fs.ErrNotExist) {
-				continue // taken out just now
-			}
+			err := f(h, func() (BlobStat, bool, error) {
+				var st unix.Stat_t
+				err := unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW)
+				if err != nil {
+					return BlobStat{}, false, ignoreAbsent(&fs.PathError{Op: "stat", Path: s.BlobPath(h.Digest()), Err: err})
+				}
+				return BlobStat{Size: st.Size, Allocated: st.Blocks * 512, Since: later(time.Unix(st.Mtim.Unix()), time.Unix(st.Ctim.Unix()))}, true, nil
+			})
 			if err != nil {
 				return fmt.Errorf("list blobs: %w", err)
 			}
-			f(h, fi)
 		}
-		if len(entries) == 0 {
+		if len(names) == 0 {
 			if err != nil && !errors.Is(err, io.EOF) {
 				return fmt.Errorf("list blobs: %w", err)
 			}
@@ -48,16 +62,19 @@ func (s *Store) Blobs(f func(h Hash, fi fs.FileInfo)) error {
 	}
 }
 
-// Changed is when a file was last written, or renamed, whichever is later: for
-// a blob, when it came into the store.
-func Changed(fi fs.FileInfo) time.Time {
-	t := fi.ModTime()
+// changed is when a file was last written, or renamed, whichever is later.
+func changed(fi fs.FileInfo) time.Time {
 	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
-		if c := time.Unix(st.Ctim.Unix()); c.After(t) {
-			t = c
-		}
+		return later(fi.ModTime(), time.Unix(st.Ctim.Unix()))
 	}
-	return t
+	return fi.ModTime()
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
 }
 
 // Partial is a file in ingest/ that nobody writes.
@@ -90,7 +107,7 @@ func (s *Store) Partials() ([]Partial, error) {
 		if s.Locked(e.Name()) {
 			continue
 		}
-		p := Partial{Name: e.Name(), Size: disk.Allocated(fi), Since: Changed(fi)}
+		p := Partial{Name: e.Name(), Size: disk.Allocated(fi), Since: changed(fi)}
 		if rest, ok := strings.CutPrefix(e.Name(), damagedPrefix); ok {
 			hex, _, _ := strings.Cut(rest, "-")
 			p.Damaged = digest.NewDigestFromEncoded(digest.SHA256, hex)
@@ -123,7 +140,7 @@ func (s *Store) DropPartial(p Partial) (bool, error) {
 	if err != nil || !mine || !i.isAt(f) {
 		return false, errors.Join(err, f.Close())
 	}
-	if fi, err := f.Stat(); err != nil || Changed(fi).After(p.Since) {
+	if fi, err := f.Stat(); err != nil || changed(fi).After(p.Since) {
 		return false, errors.Join(err, f.Close())
 	}
 	if err := i.Discard(); err != nil {

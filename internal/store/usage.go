@@ -24,9 +24,13 @@ func (s *Store) Usage() (Usage, error) {
 	if err != nil {
 		return u, err
 	}
-	err = s.Blobs(func(_ Hash, fi fs.FileInfo) {
-		u.Blobs += disk.Allocated(fi)
-		u.Files++
+	err = s.Blobs(func(_ Hash, stat func() (BlobStat, bool, error)) error {
+		st, there, err := stat()
+		if there {
+			u.Blobs += st.Allocated
+			u.Files++
+		}
+		return err
 	})
 	if err != nil {
 		return u, fmt.Errorf("measure store: %w", err)

@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
@@ -244,7 +243,3 @@ func Root(dir string) (mode fs.FileMode, uid, gid int, err error) {
 	}
 	return fi.Mode() & (fs.ModePerm | fs.ModeSticky), int(st.Uid), int(st.Gid), nil
 }
-
-// IsTemp tells whether a name in a folder of views is that of a view being
-// built, or left by a builder that died.
-func IsTemp(name string) bool { return strings.HasPrefix(name, atomicfile.TempPrefix) }

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/larder-project/larder/internal/atomicfile"
 	"github.com/larder-project/larder/internal/testenv"
 )
 
@@ -52,7 +53,7 @@ func TestBuildKilledAtEveryStep(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, e := range entries {
-			if e.Name() != "view" && e.Name() != "blobs" && !IsTemp(e.Name()) {
+			if e.Name() != "view" && e.Name() != "blobs" && !atomicfile.IsTemp(e.Name()) {
 				t.Errorf("after a death at step %d there is %s", step, e.Name())
 			}
 		}

@@ -60,9 +60,6 @@ const (
 	HardLink Method = "hard-link"
 )
 
-// Methods lists all methods, best first.
-func Methods() []Method { return []Method{DataOnly, Lower, HardLink} }
-
 // ErrInvalid is wrapped by every refusal of Plan and Build that lies in what
 // was asked for: options that no view can satisfy, models that do not fit
 // together.

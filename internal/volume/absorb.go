@@ -150,18 +150,22 @@ func (m *Manager) Absorb(ctx context.Context) error {
 			if err := ctx.Err(); err != nil {
 				return err
 			}
-			if err := m.absorbRun(ctx, mr); err != nil {
-				if ctx.Err() != nil || errors.Is(err, store.ErrFull) || errors.Is(err, overlay.ErrBusy) {
-					failed = multierror.Append(failed, err) // later, when there is room
-					continue
-				}
-				// What cannot be taken over now cannot be later.
-				m.log.Warn("take over what a container downloaded", "volume", name, "id", mr.ID, "error", err)
-			}
-			failed = multierror.Append(failed, m.absorbed(ctx, mr))
+			failed = multierror.Append(failed, m.takeOver(ctx, mr))
 		}
 	}
 	return failed.ErrorOrNil()
+}
+
+// takeOver absorbs what an ended run left, and deletes the rest.
+func (m *Manager) takeOver(ctx context.Context, mr mountRecord) error {
+	if err := m.absorbRun(ctx, mr); err != nil {
+		if ctx.Err() != nil || errors.Is(err, store.ErrFull) || errors.Is(err, overlay.ErrBusy) {
+			return err // later, when there is room
+		}
+		// What cannot be taken over now cannot be later.
+		m.log.Warn("take over what a container downloaded", "volume", mr.Volume, "id", mr.ID, "error", err)
+	}
+	return m.absorbed(ctx, mr)
 }
 
 // absorbed ends a run whose cache has been taken over.

@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -102,6 +103,36 @@ func TestDownloadsWithWrongBytesAreNotTakenOver(t *testing.T) {
 	}
 	if err := n.Remove(t.Context(), "cache"); err != nil {
 		t.Fatal(err)
+	}
+	n.empty()
+}
+
+// There may be no plugin that would do it later: the downloads of a manual mount
+// are taken over when a person ends it, and not while a process is in it.
+func TestDownloadsOfAManualMountAreTakenOverAtItsEnd(t *testing.T) {
+	n := newNode(t)
+	target := filepath.Join(t.TempDir(), "hub")
+	if err := n.MountAt(t.Context(), "", map[string]string{"model": "*", "absorb": "on"}, target); err != nil {
+		t.Fatal(err)
+	}
+	commit := strings.Repeat("1", 40)
+	download(t, target, commit, "weights")
+	open, err := os.Open(target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer open.Close()
+	if err := n.UnmountAt(t.Context(), target); !errors.Is(err, ErrInUse) {
+		t.Errorf("with a file open in the mount its end gives %v, want ErrInUse", err)
+	}
+	if err := open.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.UnmountAt(t.Context(), target); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.resolve1("hf://org/name@" + commit); err != nil {
+		t.Errorf("what was downloaded: %v", err)
 	}
 	n.empty()
 }

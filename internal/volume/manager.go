@@ -418,11 +418,11 @@ func (m *Manager) List(context.Context) ([]string, error) {
 // folder that has one mount for each run.
 func (m *Manager) Path(name string) string { return filepath.Join(m.mnt, name) }
 
-// Node is this node's name in the store.
-func (m *Manager) Node() string { return m.node }
-
 // State is the folder of this node's state.
 func (m *Manager) State() string { return m.state }
+
+// Node is this node's name in the store.
+func (m *Manager) Node() string { return m.node }
 
 func (m *Manager) volumeUpper(name string) string {
 	return filepath.Join(m.state, "uppers", "volume", name)

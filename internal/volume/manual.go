@@ -131,15 +131,20 @@ func (m *Manager) endManual(ctx context.Context, one Mounted) error {
 		return err
 	}
 	mr, ok, err := m.readMount(one.Volume, one.ID)
-	if err == nil && ok {
+	absorb := err == nil && ok && mr.Absorb
+	if err == nil && ok && !absorb {
 		err = m.detach(ctx, mr)
 	}
-	if errors.Is(err, errHeld) && !errors.Is(err, overlay.ErrBusy) {
-		// Unmounted here; what was written goes when Reap finds it free.
+	if absorb || errors.Is(err, errHeld) && !errors.Is(err, overlay.ErrBusy) {
+		// Unmounted here; what was written goes when Reap finds it free. Or it
+		// is absorbed now: there may be no plugin to do it later.
 		mr.Refs, mr.Leaving = 0, true
 		err = m.writeMount(mr)
 	}
 	unlock()
+	if absorb && err == nil {
+		err = m.takeOver(ctx, mr)
+	}
 	if errors.Is(err, overlay.ErrBusy) {
 		return fmt.Errorf("unmount %s: %w: %w", one.Target, ErrInUse, err)
 	}

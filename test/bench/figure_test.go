@@ -34,6 +34,37 @@ func TestMedianRatioIsOfPairs(t *testing.T) {
 	}
 }
 
+// The kernel's own mount gets slower with more mounts; what Mount adds to that
+// is what is judged.
+func TestMoreLiveMountsAreJudgedByTheFloor(t *testing.T) {
+	t.Parallel()
+	times := func(ms ...time.Duration) []time.Duration {
+		for i := range ms {
+			ms[i] *= time.Millisecond
+		}
+		return ms
+	}
+	few := calls{live: 20, mount: times(4, 4, 4, 8), floor: times(2, 2, 2, 4)}
+	for _, tc := range []struct {
+		most calls
+		p    float64
+		want string
+	}{
+		{calls{live: 2000, mount: times(8, 8, 8, 8), floor: times(4, 4, 4, 4)}, 0.5,
+			"Mount, from 20 live to 2000, p50: 4.00 ms to 8.00 ms, 2 ×, beside 2.00 ms to 4.00 ms, 2 × (the least a plugin must do): 1 ×, must be ≤ 1.25 ×: PASS"},
+		{calls{live: 2000, mount: times(6, 6, 6, 6), floor: times(2, 2, 2, 2)}, 0.5,
+			"Mount, from 20 live to 2000, p50: 4.00 ms to 6.00 ms, 1.50 ×, beside 2.00 ms to 2.00 ms, 1 × (the least a plugin must do): 1.50 ×, must be ≤ 1.25 ×: FAIL"},
+		{calls{live: 2000, mount: times(4, 4, 4, 8), floor: times(2, 2, 2, 4)}, 0.99,
+			"Mount, from 20 live to 2000, p99: 8.00 ms to 8.00 ms, 1 ×, beside 4.00 ms to 4.00 ms, 1 × (the least a plugin must do): 1 ×, must be ≤ 1.25 ×: PASS"},
+	} {
+		f := grown(few, tc.most, tc.p, 1.25)
+		f.Binding = true
+		if got := f.String(); got != tc.want {
+			t.Errorf("%s\nwant %s", got, tc.want)
+		}
+	}
+}
+
 func TestBars(t *testing.T) {
 	t.Parallel()
 	for _, tc := range []struct {

@@ -151,8 +151,9 @@ else
 	export DOCKER_HOST=unix://$work/docker.sock
 	mkdir "$work/engine"
 	# Its own network namespace: it can touch neither the bridges nor the packet
-	# filter of this host, whatever else runs here.
-	unshare --net dockerd --host "$DOCKER_HOST" --data-root "$work/engine/data" --exec-root "$work/engine/exec" \
+	# filter of this host, whatever else runs here. And its own session, as the
+	# plugin has: Ctrl-C is for this script, which ends them after the containers.
+	setsid unshare --net dockerd --host "$DOCKER_HOST" --data-root "$work/engine/data" --exec-root "$work/engine/exec" \
 		--pidfile "$work/engine/pid" --bridge=none --iptables=false >"$work/dockerd.log" 2>&1 &
 	dockerd_pid=$!
 	for ((i = 0; i < 300; i++)); do
@@ -182,7 +183,7 @@ root=$work/larder
 larder() { "$checkout/bin/larder" --root "$root" --store "$root/store" --state "$root/node" \
 	--socket "/run/docker/plugins/$driver.sock" "$@"; }
 mkdir -p /run/docker/plugins
-bin/larder-plugin --root "$root" --store "$root/store" --state "$root/node" \
+setsid bin/larder-plugin --root "$root" --store "$root/store" --state "$root/node" \
 	--socket "/run/docker/plugins/$driver.sock" >"$work/plugin.log" 2>&1 &
 plugin_pid=$!
 for ((i = 0; i < 100; i++)); do

@@ -11,15 +11,6 @@ import (
 	"syscall"
 )
 
-// Endpoint is the hub that the environment names: HF_ENDPOINT, or
-// DefaultEndpoint.
-func Endpoint(getenv func(string) string) string {
-	if e := strings.TrimRight(strings.TrimSpace(getenv("HF_ENDPOINT")), "/"); e != "" {
-		return e
-	}
-	return DefaultEndpoint
-}
-
 // Token finds the user's token as the huggingface_hub client does: HF_TOKEN,
 // HUGGING_FACE_HUB_TOKEN, then the file HF_TOKEN_PATH, by default token in
 // HF_HOME. It is empty where there is none, or where

@@ -62,11 +62,3 @@ func TestToken(t *testing.T) {
 		})
 	}
 }
-
-func TestEndpoint(t *testing.T) {
-	for env, want := range map[string]string{"": DefaultEndpoint, "http://hub:8080/": "http://hub:8080", " https://m/x// ": "https://m/x"} {
-		if got := Endpoint(func(string) string { return env }); got != want {
-			t.Errorf("HF_ENDPOINT=%q gives %q, want %q", env, got, want)
-		}
-	}
-}

@@ -1,18 +1,12 @@
 package hubtest
 
 import (
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
-
-	"github.com/larder-project/larder/internal/testenv"
 )
-
-// The two lines of the client that are in use.
-var clients = []string{"2.4.0", "0.36.2"}
 
 // load is what a user's program does, online and then offline. It fails where
 // the client warns or finds a file that is not as the hub lists it.
@@ -67,18 +61,11 @@ print("client", hub.__version__, "is content")
 
 // Real clients read from this hub as they do from the real one.
 func TestRealClients(t *testing.T) {
-	testenv.NeedPrograms(t, "python3", "pip")
-	for _, version := range clients {
+	for _, version := range Clients {
 		t.Run(version, func(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
-			python := filepath.Join(dir, "venv", "bin", "python")
-			out, err := exec.CommandContext(t.Context(), "python3", "-m", "venv", filepath.Join(dir, "venv")).CombinedOutput()
-			if err != nil {
-				t.Fatalf("make a virtual environment: %v\n%s", err, out)
-			}
-			out, err = exec.CommandContext(t.Context(), python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "huggingface_hub=="+version).CombinedOutput()
-			testenv.Need(t, err == nil, fmt.Sprintf("the package huggingface_hub %s (pip: %v %s)", version, err, out))
+			python := filepath.Join(Client(t, version), "python")
 			run := func(env []string, want, script string, args ...string) {
 				t.Helper()
 				cmd := exec.CommandContext(t.Context(), python, append([]string{"-c", script}, args...)...)
