@@ -5,6 +5,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/larder-project/larder/internal/store"
 )
 
 // nodeInfo is a node of a shared store, as --json prints it.
@@ -45,6 +47,9 @@ of which a process runs is refused. If it comes back it says anew what it uses;
 what was removed meanwhile is gone from it.`,
 		Args: takes(1, 1, "the name of a node"),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := store.CheckNode(args[0]); err != nil {
+				return &usageError{err: err, hint: "larder node ls lists them"}
+			}
 			st, err := a.store()
 			if err != nil {
 				return err
