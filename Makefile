@@ -1,7 +1,7 @@
 # make demo    a real model, two real containers, one copy: start here
 # make test    everything that is tested, on real engines and real file systems (root)
 # make bench   what it costs, beside what people do without Larder (root)
-# make build   bin/larder and bin/larder-plugin, static
+# make build   bin/larder, bin/larder-plugin and bin/larder-sidecar, static
 # make gpu     bin/larder-gpu, which tells who uses NVIDIA GPUs (cgo; for nodes that have some)
 
 SHELL       := /bin/bash
@@ -16,7 +16,7 @@ DESTDIR ?=
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 
-PROGRAMS := larder larder-plugin
+PROGRAMS := larder larder-plugin larder-sidecar
 
 # Flags for the benchmarks and the demo: make bench BENCH="--quick --json".
 BENCH ?=
@@ -32,6 +32,7 @@ APART        := unshare --mount --propagation shared --
 build: ## static programs in bin/
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/larder ./cmd/larder
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/larder-plugin ./plugin
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/larder-sidecar ./sidecar
 
 # NVIDIA's library is opened when the program runs, so it builds anywhere; its
 # symbols must stay unresolved until they are called.
@@ -76,7 +77,7 @@ test: setup build gpu vet
 
 .PHONY: vet
 vet:
-	@unformatted=$$(gofmt -l cmd internal plugin test); \
+	@unformatted=$$(gofmt -l cmd internal plugin sidecar test); \
 	if [ -n "$$unformatted" ]; then echo "gofmt these files:" $$unformatted; exit 1; fi
 	$(GO) vet ./...
 	$(GO) vet -tags faults ./...
@@ -94,7 +95,7 @@ lint:
 install: build ## programs, systemd units, shell completion
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(UNITDIR)
 	install -m 0755 $(addprefix bin/,$(PROGRAMS)) $(wildcard bin/larder-gpu) $(DESTDIR)$(PREFIX)/bin/
-	for unit in larder-plugin.socket larder-plugin.service; do \
+	for unit in larder-plugin.socket larder-plugin.service larder-sidecar.service; do \
 		sed 's|/usr/local/bin/|$(PREFIX)/bin/|g' deploy/systemd/$$unit > $(DESTDIR)$(UNITDIR)/$$unit; \
 		chmod 0644 $(DESTDIR)$(UNITDIR)/$$unit; \
 	done
@@ -104,7 +105,11 @@ install: build ## programs, systemd units, shell completion
 	bin/larder completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/larder
 	bin/larder completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_larder
 	bin/larder completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/larder.fish
-	@echo 'Now: systemctl daemon-reload && systemctl enable --now larder-plugin.socket'
+	@echo 'Now: systemctl daemon-reload && systemctl enable --now larder-plugin.socket larder-sidecar'
+
+.PHONY: image
+image: build ## the sidecar as a container image; see deploy/container/Dockerfile
+	DOCKER_BUILDKIT=0 docker build -t larder-sidecar:$(VERSION) -f deploy/container/Dockerfile bin
 
 .PHONY: plugin
 plugin: build ## a folder for "docker plugin create larder:latest out/plugin"

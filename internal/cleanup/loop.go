@@ -175,7 +175,8 @@ func (l *Loop) Run(ctx context.Context) {
 	}
 	r := round{l: l, looked: make(chan lookResult, 1), ended: make(chan Finished, 1)}
 	now := time.Now()
-	r.nextLook, r.nextMeasure, r.nextRun = now, now, now.Add(l.c.Grace)
+	r.nextLook, r.nextMeasure = now, now
+	r.schedule(now.Add(l.c.Grace))
 	for {
 		r.turn(ctx)
 		timer := time.NewTimer(time.Until(r.wake()))
@@ -316,7 +317,12 @@ func (r *round) soon() {
 func (r *round) reload() {
 	r.tried = nil
 	r.nextMeasure = time.Now()
-	r.nextRun = time.Now().Add(r.l.c.Grace)
+	r.schedule(time.Now().Add(r.l.c.Grace))
+}
+
+func (r *round) schedule(at time.Time) {
+	r.nextRun = at
+	r.l.set(func(s *Status) { s.NextRun = at })
 }
 
 func (r *round) lookNow(ctx context.Context) {
@@ -382,8 +388,8 @@ func (r *round) finish(f Finished) {
 	now := time.Now()
 	r.stopRun()
 	r.running, r.emptying, r.emptied = "", false, nil
-	r.nextRun = r.afterwards(now)
-	r.l.finished(f, r.nextRun)
+	r.l.finished(f)
+	r.schedule(r.afterwards(now))
 	r.measure(now)
 	if f.Cause == Pressure && r.space.Short() {
 		r.tried = r.tried.next(now, r.space)
@@ -411,7 +417,7 @@ func (r *round) afterwards(now time.Time) time.Time {
 func (r *round) stop() {
 	if r.running != "" {
 		r.stopRun()
-		r.l.finished(<-r.ended, time.Time{})
+		r.l.finished(<-r.ended)
 	}
 	if r.looking {
 		<-r.looked

@@ -32,7 +32,7 @@ type Status struct {
 	History   []store.Event // what became of versions, oldest first
 
 	Running Cause     // the run that is under way; empty: none
-	NextRun time.Time // by schedule; zero while one is under way
+	NextRun time.Time // by schedule
 	Last    *Finished // the last run that was not interrupted; nil: none yet
 	Good    time.Time // when a run last ended without an error
 
@@ -138,14 +138,14 @@ func (l *Loop) noProgress() {
 func (l *Loop) begin(cause Cause) {
 	l.progress()
 	l.log.Info("clean-up begins", "cause", string(cause))
-	l.set(func(s *Status) { s.Running, s.NextRun = cause, time.Time{} })
+	l.set(func(s *Status) { s.Running = cause })
 }
 
 // finished notes the end of a run and tells of it.
-func (l *Loop) finished(f Finished, next time.Time) {
+func (l *Loop) finished(f Finished) {
 	l.noProgress()
 	l.set(func(s *Status) {
-		s.Running, s.NextRun = "", next
+		s.Running = ""
 		s.Totals.Runs[f.Result]++
 		if f.Result != Interrupted {
 			s.Last = &f

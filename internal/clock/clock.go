@@ -149,9 +149,10 @@ func (c *Clock) Now() time.Time {
 // Behind is how far this clock is behind the one on the wall; negative: before
 // it.
 func (c *Clock) Behind() time.Duration {
-	now := c.Now()
-	wall, _ := c.read()
-	return wall.Sub(now)
+	c.Now()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.last.Wall.Sub(c.last.Time)
 }
 
 // Err is why the file could last not be read or written; nil: it could. The

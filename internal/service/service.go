@@ -35,15 +35,13 @@ func Claim(state, name string) (release func(), err error) {
 		who, _ := io.ReadAll(io.LimitReader(f, 64))
 		err = fmt.Errorf("another larder-%s (process %s) serves %s already; stop it, or give this one a folder of its own (--root)", name, strings.TrimSpace(string(who)), state)
 	}
-	if err == nil {
-		err = f.Truncate(0)
-	}
-	if err == nil {
-		_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
-	}
 	if err != nil {
 		_ = f.Close()
 		return nil, err
+	}
+	// For the message above alone: on a full disk the program runs without it.
+	if n, err := f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0); err == nil {
+		_ = f.Truncate(int64(n))
 	}
 	return func() { _ = f.Close() }, nil
 }

@@ -1,0 +1,162 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/larder-project/larder/internal/retention"
+)
+
+// watched is a policy file that is watched, and what was put in force.
+type watched struct {
+	t    *testing.T
+	dir  string
+	file *policyFile
+	log  *buffer
+
+	mu  sync.Mutex
+	set []*retention.Policy
+}
+
+func watch(t *testing.T, name string, named bool) *watched {
+	t.Helper()
+	w := &watched{t: t, dir: filepath.Dir(name), log: &buffer{}}
+	w.file = newPolicyFile(name, named, slog.New(slog.NewTextHandler(w.log, nil)))
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		w.file.watch(ctx, func(p *retention.Policy) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.set = append(w.set, p)
+		})
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-done
+	})
+	time.Sleep(100 * time.Millisecond) // until its folder is watched
+	return w
+}
+
+func (w *watched) until(what string, ok func() bool) {
+	w.t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			w.t.Fatalf("in vain: %s\n%s", what, w.log)
+		}
+	}
+}
+
+func (w *watched) inForce() *retention.Policy { return w.file.state().policy }
+
+func (w *watched) days(n int) func() bool {
+	return func() bool {
+		p := w.inForce()
+		return p != nil && p.Rules[0].UnusedFor == time.Duration(n)*24*time.Hour
+	}
+}
+
+func days(n string) string { return "version: 1\nrules: [{models: [\"*\"], unusedFor: " + n + "d}]\n" }
+
+func put(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestAPolicyThatChangesIsInForceAtOnce(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "policy.yaml")
+	w := watch(t, path, false)
+	if w.inForce() != nil || w.file.state().err != nil {
+		t.Errorf("without a file: %+v", w.file.state())
+	}
+	put(t, path, days("30"))
+	w.until("a new file", w.days(30))
+	put(t, path+".new", days("20"))
+	if err := os.Rename(path+".new", path); err != nil {
+		t.Fatal(err)
+	}
+	w.until("a file that is replaced", w.days(20))
+	put(t, path, "version: 1\nrules: [{models: [], unusedFor: 1d}]\n")
+	w.until("one that is not valid is refused", func() bool { return w.file.state().err != nil })
+	if !w.days(20)() {
+		t.Error("the policy from before is not in force")
+	}
+	if !strings.Contains(w.log.String(), "level=ERROR") || !strings.Contains(w.log.String(), "policy.yaml:2") {
+		t.Errorf("nobody is told what is wrong: %s", w.log)
+	}
+	put(t, path, days("10"))
+	w.until("a valid one", func() bool { return w.days(10)() && w.file.state().err == nil })
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	w.until("without a file there is no policy", func() bool { return w.inForce() == nil })
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if last := w.set[len(w.set)-1]; last != nil {
+		t.Error("the loop was not told that there is no policy any more")
+	}
+}
+
+// As the kubelet changes a ConfigMap: policy.yaml leads through ..data to a
+// folder, and ..data is replaced.
+func TestAConfigMapThatChangesIsInForceAtOnce(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	generation := func(name, text string) {
+		t.Helper()
+		if err := os.Mkdir(filepath.Join(dir, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		put(t, filepath.Join(dir, name, "policy.yaml"), text)
+		if err := os.Symlink(name, filepath.Join(dir, "..data_tmp")); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(filepath.Join(dir, "..data_tmp"), filepath.Join(dir, "..data")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	generation("..1", days("30"))
+	if err := os.Symlink("..data/policy.yaml", filepath.Join(dir, "policy.yaml")); err != nil {
+		t.Fatal(err)
+	}
+	w := watch(t, filepath.Join(dir, "policy.yaml"), true)
+	if !w.days(30)() {
+		t.Fatal("the first is not in force")
+	}
+	generation("..2", days("20"))
+	w.until("the second", w.days(20))
+}
+
+func TestAHangupReadsThePolicyAgain(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "policy.yaml")
+	put(t, path, days("30"))
+	w := watch(t, path, true)
+	before := w.file.state().since
+	if err := syscall.Kill(os.Getpid(), syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	w.until("it is read again though nothing has changed", func() bool { return w.file.state().since.After(before) })
+}
+
+func TestAPolicyThatSomebodyNamedShouldBeThere(t *testing.T) {
+	t.Parallel()
+	f := newPolicyFile(filepath.Join(t.TempDir(), "policy.yaml"), true, slog.New(slog.DiscardHandler))
+	if s := f.state(); s.policy != nil || s.err == nil {
+		t.Errorf("state %+v", s)
+	}
+	if f.reload(false) {
+		t.Error("nothing has changed, and there is another policy")
+	}
+}
