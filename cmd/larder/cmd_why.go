@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -234,8 +235,9 @@ func (a *app) policySays(w gc.Why) map[digest.Digest]string {
 	if err != nil || p == nil || w.Blob {
 		return out
 	}
+	// By its rules: what pressure would take depends on the space, and passes.
 	in := w.Inventory.Input()
-	in.AnyTime = true
+	in.AnyTime, in.Free, in.Capacity = true, math.MaxInt64, math.MaxInt64
 	for _, d := range p.Plan(in).Decisions {
 		if !slices.ContainsFunc(w.Versions, func(v gc.VersionInfo) bool { return v.Digest == d.Digest }) {
 			continue
