@@ -49,7 +49,7 @@ type Container struct {
 // Label is how a person knows the container.
 func (c Container) Label() string {
 	id := c.ID
-	if len(id) > 12 {
+	if len(id) == 64 { // an engine made it up; a shorter one is a name
 		id = id[:12]
 	}
 	name := c.Name

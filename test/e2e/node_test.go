@@ -195,8 +195,11 @@ func (n *node) spawn(program string, files []*os.File, env []string, args ...str
 
 func (n *node) environ() []string {
 	env := slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, "LARDER_") })
-	return append(env, "DOCKER_HOST="+n.e.Host())
+	return append(env, "DOCKER_HOST="+n.e.Host(), "LARDER_CONTAINERD_ADDRESS="+n.e.ContainerdSocket(), "LARDER_CSI_KUBELET="+n.kubelet())
 }
+
+// kubelet is the folder of a kubelet on this node; there is none.
+func (n *node) kubelet() string { return filepath.Join(n.root, "kubelet") }
 
 // startPlugin starts the plugin and returns when its socket answers.
 func (n *node) startPlugin() {
