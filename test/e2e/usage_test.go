@@ -171,10 +171,13 @@ func (r *remover) processesOnGPU(pids ...int) {
 }
 
 // inside starts a shell script in a private mount namespace and returns its
-// number once the script has said "ready".
+// number once the script is done. The namespace lets go of the copies of
+// containers' mounts that it begins with, those of tests beside this one too:
+// their uppers would wait for it.
 func (r *remover) inside(script string) int {
 	r.t.Helper()
-	cmd := exec.Command("sh", "-e", "-c", "mount --make-rprivate /; "+script+"; echo ready; exec sleep 100000")
+	letGo := `awk '$5 ~ "/node/mnt/" {print $5}' /proc/self/mountinfo | xargs -r -n 1 umount -l || true`
+	cmd := exec.Command("sh", "-e", "-c", "mount --make-rprivate /; "+letGo+"; "+script+"; echo ready; exec sleep 100000")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Cloneflags: unix.CLONE_NEWNS}
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
@@ -392,9 +395,6 @@ func TestASourceThatFailsKeepsEverything(t *testing.T) {
 			"answers garbage": func(c net.Conn) { _, _ = c.Write([]byte(strings.Repeat("\x00garbage\n", 9000))) },
 			"closes":          func(c net.Conn) { _ = c.Close() },
 			"is deaf":         func(net.Conn) {},
-			"answers an empty list": func(c net.Conn) {
-				_, _ = c.Write([]byte("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 4\r\n\r\nnull"))
-			},
 		} {
 			end := answers(t, fake, do)
 			r.cfg.UsageDocker, r.cfg.DockerHost = config.On, "unix://"+fake
