@@ -125,7 +125,11 @@ func Gather(ctx context.Context, sources []Source) ([]Use, []*Error) {
 		select {
 		case a = <-answers[i]:
 		case <-ctx.Done():
-			a.err = fmt.Errorf("no answer: %w", ctx.Err())
+			select {
+			case a = <-answers[i]: // it came in time, before another that did not
+			default:
+				a.err = fmt.Errorf("no answer: %w", ctx.Err())
+			}
 		}
 		if a.err != nil {
 			failed = append(failed, &Error{Source: s.Name(), Err: a.err})
