@@ -56,12 +56,13 @@ func newRemover(n *node) *remover {
 
 func (r *remover) sources() []usage.Source { return sources.Of(r.cfg, r.volumes).Sources() }
 
-// remove is gc.Remove with these sources.
+// remove removes a model with these sources.
 func (r *remover) remove(model string, dryRun bool, from ...usage.Source) (gc.Result, error) {
 	r.t.Helper()
 	ref, err := reference.Parse(model)
 	ok(r.t, err)
-	return gc.Remove(r.t.Context(), r.store, []reference.Reference{ref}, gc.Options{Node: r.volumes.Node(), Sources: from, DryRun: dryRun, Reason: "test"})
+	c := gc.Collector{Store: r.store, Node: r.volumes.Node(), Sources: from}
+	return c.Remove(r.t.Context(), []reference.Reference{ref}, gc.Options{DryRun: dryRun, Reason: "test"})
 }
 
 // keptBy checks that each of these sources, asked alone, keeps a model, and
@@ -309,7 +310,8 @@ func (r *remover) unremoved(what, source string) {
 	defer cancel()
 	ref, err := reference.Parse("idle")
 	ok(r.t, err)
-	_, err = gc.Remove(ctx, r.store, []reference.Reference{ref}, gc.Options{Node: r.volumes.Node(), Sources: r.sources(), Reason: "test"})
+	c := gc.Collector{Store: r.store, Node: r.volumes.Node(), Sources: r.sources()}
+	_, err = c.Remove(ctx, []reference.Reference{ref}, gc.Options{Reason: "test"})
 	var failed *usage.Error
 	switch {
 	case !errors.As(err, &failed):
