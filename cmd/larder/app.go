@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/larder-project/larder/internal/clock"
 	"github.com/larder-project/larder/internal/config"
 	"github.com/larder-project/larder/internal/gc"
 	"github.com/larder-project/larder/internal/store"
@@ -56,15 +57,17 @@ writable view of the model it asks for.
 	a.flags = config.Register(root.PersistentFlags(), "larder")
 	root.AddGroup(
 		&cobra.Group{ID: models, Title: "Models:"},
+		&cobra.Group{ID: cleaning, Title: "What goes, and what stays:"},
 		&cobra.Group{ID: views, Title: "Views and volumes:"},
 		&cobra.Group{ID: host, Title: "This host:"},
 	)
 	root.SetHelpCommandGroupID(host)
 	root.SetCompletionCommandGroupID(host)
 	root.AddCommand(
-		a.cmdPull(), a.cmdImport(), a.cmdLs(), a.cmdShow(), a.cmdTag(), a.cmdRm(), a.cmdUndo(), a.cmdTrash(), a.cmdVerify(),
+		a.cmdPull(), a.cmdImport(), a.cmdLs(), a.cmdShow(), a.cmdTag(), a.cmdVerify(),
+		a.cmdRm(), a.cmdPrune(), a.cmdUndo(), a.cmdTrash(), a.cmdHistory(), a.cmdPin(), a.cmdUnpin(), a.cmdWhy(), a.cmdPolicy(),
 		a.cmdPs(), a.cmdMount(), a.cmdUmount(), a.cmdVolume(),
-		a.cmdDf(), a.cmdPolicy(), a.cmdDoctor(), a.cmdVersion(),
+		a.cmdDf(), a.cmdNode(), a.cmdDoctor(), a.cmdVersion(),
 		a.topicExitCodes(), a.topicConfig(),
 	)
 	return root
@@ -72,9 +75,10 @@ writable view of the model it asks for.
 
 // Groups of verbs in the help.
 const (
-	models = "models"
-	views  = "views"
-	host   = "host"
+	models   = "models"
+	cleaning = "cleaning"
+	views    = "views"
+	host     = "host"
 )
 
 // onlyVerbs refuses arguments of a command that has only verbs below it.
@@ -158,13 +162,18 @@ func (a *app) volumes(ctx context.Context) (*volume.Manager, error) {
 	return a.vols, nil
 }
 
-// collector removes from the store for this node.
+// collector removes from the store for this node. Ages follow the node's own
+// clock, which no jump of the wall clock rushes.
 func (a *app) collector(ctx context.Context) (*gc.Collector, error) {
 	set, err := a.sources(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return &gc.Collector{Store: a.st, Node: a.vols.Node(), Sources: set.Sources()}, nil
+	clk, err := clock.Open(a.cfg.State, "")
+	if err != nil {
+		return nil, err
+	}
+	return &gc.Collector{Store: a.st, Node: a.vols.Node(), Sources: set.Sources(), Now: clk.Now}, nil
 }
 
 // sources are all that knows what is in use on this node.

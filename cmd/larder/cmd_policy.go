@@ -58,7 +58,7 @@ type policyWindow struct {
 func (a *app) cmdPolicy() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "policy",
-		GroupID: host,
+		GroupID: cleaning,
 		Short:   "Explain and check what clean-up may remove",
 		Long: `Explain and check the policy of clean-up: which versions may go, when, and which
 stay. Without a policy file nothing is ever removed by itself.`,

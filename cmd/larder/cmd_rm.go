@@ -28,7 +28,7 @@ func (a *app) cmdRm() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "rm MODEL...",
 		Aliases: []string{"remove"},
-		GroupID: models,
+		GroupID: cleaning,
 		Short:   "Remove models; what is in use is refused",
 		Long: `Remove references. A version that loses its last one goes, and the files that
 nothing else needs are moved to the trash.

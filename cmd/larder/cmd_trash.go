@@ -13,7 +13,7 @@ import (
 func (a *app) cmdTrash() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "trash",
-		GroupID: models,
+		GroupID: cleaning,
 		Short:   "List and empty the trash",
 		Long: `What larder rm removes lies in the trash until it is emptied, and takes its
 space there. larder undo brings it back.`,
@@ -55,7 +55,7 @@ func (a *app) cmdTrashEmpty() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			gone, _, err := c.EmptyTrash(cmd.Context(), time.Now().Add(-older), store.Limit{})
+			gone, _, err := c.EmptyTrash(cmd.Context(), c.Now().Add(-older), store.Limit{})
 			var bytes int64
 			for _, r := range gone {
 				bytes += r.Size()

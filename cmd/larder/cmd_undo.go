@@ -2,8 +2,11 @@ package main
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
@@ -31,13 +34,14 @@ func describeRemoval(r store.Removal) removal {
 
 func (a *app) cmdUndo() *cobra.Command {
 	return &cobra.Command{
-		Use:     "undo [REMOVAL]",
-		GroupID: models,
+		Use:     "undo [REMOVAL [MODEL...]]",
+		GroupID: cleaning,
 		Short:   "Bring back what was removed, or list what can be",
-		Long: `Bring a removal back whole, files and names. Without a name, list the removals in
-the trash. A name that means another version by now stays with that one; the
+		Long: `Bring a removal back whole, files and names, or of it only some models. Without a
+name, list the removals in the trash. What a policy had removed is pinned then,
+so that it does not go again at once; larder unpin lets it go. A name that means another version by now stays with that one; the
 restored version then has its commit or digest for a name.`,
-		Args:              takes(0, 1, "at most one removal"),
+		Args:              takes(0, -1, "a removal, and which of its models"),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			st, err := a.store()
@@ -51,7 +55,11 @@ restored version then has its commit or digest for a name.`,
 			if err != nil {
 				return err
 			}
-			r, err := c.Undo(cmd.Context(), args[0])
+			only, err := versionsIn(st, args[0], args[1:])
+			if err != nil {
+				return err
+			}
+			r, err := c.Undo(cmd.Context(), args[0], only...)
 			if err != nil {
 				return err
 			}
@@ -67,6 +75,36 @@ restored version then has its commit or digest for a name.`,
 			return nil
 		},
 	}
+}
+
+// versionsIn finds the versions of a removal that a person means, by name or by
+// the digits of their digest.
+func versionsIn(st *store.Store, id string, names []string) ([]digest.Digest, error) {
+	if len(names) == 0 {
+		return nil, nil
+	}
+	removals, err := st.Trash()
+	if err != nil {
+		return nil, err
+	}
+	at := slices.IndexFunc(removals, func(r store.Removal) bool { return r.ID == id })
+	if at < 0 {
+		return nil, nil // the store says what is wrong
+	}
+	var out []digest.Digest
+	for _, name := range names {
+		n := len(out)
+		for _, d := range removals[at].References {
+			fits := d.Annotations[v1.AnnotationRefName] == name || string(d.Digest) == name || isDigits(name) && strings.HasPrefix(d.Digest.Encoded(), name)
+			if fits && !slices.Contains(out, d.Digest) {
+				out = append(out, d.Digest)
+			}
+		}
+		if len(out) == n {
+			return nil, fmt.Errorf("undo: %s in removal %s: %w; larder trash ls --json lists what is in it", name, id, store.ErrNotFound)
+		}
+	}
+	return out, nil
 }
 
 func (a *app) listTrash(st *store.Store) error {

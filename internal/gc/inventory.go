@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/larder-project/larder/internal/retention"
 	"github.com/larder-project/larder/internal/store"
@@ -80,9 +81,11 @@ func (c *Collector) look(ctx context.Context) (*Inventory, error) {
 	}
 	inv := &Inventory{Time: c.now(), byDigest: map[digest.Digest]int{}}
 	var r roots
+	var entries []v1.Descriptor
 	g := c.known()
 	err := c.Store.Exclusive(ctx, func(x *store.Exclusive) (err error) {
-		g.update(x.Index())
+		entries = x.Index()
+		g.update(entries)
 		if r, inv.Failed, err = c.gather(ctx, x); err != nil {
 			return err
 		}
@@ -108,7 +111,7 @@ func (c *Collector) look(ctx context.Context) (*Inventory, error) {
 	if err := inv.blobs(c.Store, g, r); err != nil {
 		return nil, err
 	}
-	return inv, inv.versions(c.Store, g, r, used)
+	return inv, inv.versions(c.Store, g, entries, r, used)
 }
 
 // blobs lists what the graph knows and what lies in the store besides.
@@ -162,20 +165,22 @@ func (inv *Inventory) blobs(st *store.Store, g *graph, r roots) error {
 	return nil
 }
 
-func (inv *Inventory) versions(st *store.Store, g *graph, r roots, used map[digest.Digest]time.Time) error {
+// versions lists the versions among entries of index.json, with what g knows of
+// their layers and the roots that hold them.
+func (inv *Inventory) versions(st *store.Store, g *graph, entries []v1.Descriptor, r roots, used map[digest.Digest]time.Time) error {
 	versions, err := st.Versions()
 	if err != nil {
 		return err
 	}
-	foreign := make(map[digest.Digest]bool, len(g.live))
-	for d := range g.live {
-		foreign[d] = true
+	listed := make(map[digest.Digest]bool, len(entries))
+	for _, d := range entries {
+		listed[d.Digest] = true
 	}
 	for _, v := range versions {
-		delete(foreign, v.Digest)
-		if !g.live[v.Digest] {
+		if !listed[v.Digest] {
 			continue // came after the lock was given back
 		}
+		delete(listed, v.Digest)
 		info := VersionInfo{Version: v, Layers: g.layers[v.Digest], LastUsed: used[v.Digest], Uses: r.uses[v.Digest]}
 		if p, ok := r.pins[v.Digest]; ok {
 			info.Pin = &p
@@ -192,7 +197,7 @@ func (inv *Inventory) versions(st *store.Store, g *graph, r roots, used map[dige
 			inv.Blobs[n].Versions++
 		}
 	}
-	for d := range foreign {
+	for d := range listed { // entries of other tools
 		for _, n := range g.layers[d] {
 			inv.Blobs[n].Held = "an entry of another tool in index.json"
 		}

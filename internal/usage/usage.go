@@ -49,7 +49,7 @@ type Container struct {
 // Label is how a person knows the container.
 func (c Container) Label() string {
 	id := c.ID
-	if len(id) > 12 {
+	if len(id) == 64 { // an engine made it up; a shorter one is a name
 		id = id[:12]
 	}
 	name := c.Name
@@ -125,7 +125,11 @@ func Gather(ctx context.Context, sources []Source) ([]Use, []*Error) {
 		select {
 		case a = <-answers[i]:
 		case <-ctx.Done():
-			a.err = fmt.Errorf("no answer: %w", ctx.Err())
+			select {
+			case a = <-answers[i]: // it came in time, before another that did not
+			default:
+				a.err = fmt.Errorf("no answer: %w", ctx.Err())
+			}
 		}
 		if a.err != nil {
 			failed = append(failed, &Error{Source: s.Name(), Err: a.err})

@@ -80,6 +80,8 @@ func (n *node) close() {
 		if !t.Failed() && n.plugin != nil && n.plugin.alive() {
 			n.eventually("every mount is gone when no container is left", func() error { return n.nothingMounted() })
 		}
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute) // that may have taken as long
+		defer cancel()
 		if names, err := n.e.Docker(ctx, "volume", "ls", "-q", "--filter", "driver="+n.driver); err == nil && strings.TrimSpace(names) != "" {
 			if _, err := n.e.Docker(ctx, append([]string{"volume", "rm", "-f"}, strings.Fields(names)...)...); err != nil && n.plugin != nil && n.plugin.alive() {
 				t.Errorf("remove the test's volumes: %v", err)
@@ -195,8 +197,11 @@ func (n *node) spawn(program string, files []*os.File, env []string, args ...str
 
 func (n *node) environ() []string {
 	env := slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, "LARDER_") })
-	return append(env, "DOCKER_HOST="+n.e.Host())
+	return append(env, "DOCKER_HOST="+n.e.Host(), "LARDER_CONTAINERD_ADDRESS="+n.e.ContainerdSocket(), "LARDER_CSI_KUBELET="+n.kubelet())
 }
+
+// kubelet is the folder of a kubelet on this node; there is none.
+func (n *node) kubelet() string { return filepath.Join(n.root, "kubelet") }
 
 // startPlugin starts the plugin and returns when its socket answers.
 func (n *node) startPlugin() {

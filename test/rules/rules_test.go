@@ -10,6 +10,7 @@ import (
 	"go/token"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -274,6 +275,25 @@ func TestOnlyDiskChangesTheDisk(t *testing.T) {
 	})
 	if inDisk < 10 {
 		t.Errorf("found only %d calls that change the disk in internal/disk: the check is blind", inDisk)
+	}
+}
+
+// The plugin is what containers wait for: it starts without what only clean-up
+// needs.
+func TestThePluginLinksNoClientOfAnEngine(t *testing.T) {
+	t.Parallel()
+	out, err := exec.Command("go", "list", "-deps", module+"plugin").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	linked := strings.Fields(string(out))
+	if !slices.Contains(linked, module+"internal/volume") {
+		t.Fatalf("the plugin is not what it was: %s", linked)
+	}
+	for _, no := range []string{"github.com/containerd/containerd/v2/client", "github.com/moby/moby/client", module + "internal/usage/sources"} {
+		if slices.Contains(linked, no) {
+			t.Errorf("larder-plugin links %s", no)
+		}
 	}
 }
 

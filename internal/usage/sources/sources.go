@@ -197,7 +197,7 @@ func (a *asked) ask(ctx context.Context) (uses []usage.Use, at []string, err err
 			return nil, at, &GoneError{known[before]}
 		case absent:
 			continue
-		case before < 0:
+		case before < 0 && !elsewhere(address):
 			// Remembered before it is believed, and also where it fails.
 			if e := a.seen.add(a.name, address); e != nil {
 				return nil, at, errors.Join(e, err)
@@ -209,6 +209,13 @@ func (a *asked) ask(ctx context.Context) (uses []usage.Use, at []string, err err
 		uses, at = append(uses, found...), append(at, address)
 	}
 	return uses, at, nil
+}
+
+// elsewhere tells that an address may lead to another host. Whatever is there
+// was never seen on this node; it is asked as long as the settings name it.
+func elsewhere(address string) bool {
+	scheme, _, ok := strings.Cut(address, "://")
+	return ok && scheme != "unix"
 }
 
 // GoneError says that a source was seen on this node and is not there now.

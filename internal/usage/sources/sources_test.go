@@ -256,6 +256,36 @@ func TestAnEngineThatWasSeenMayNotBeMissing(t *testing.T) {
 	}
 }
 
+// A shell's DOCKER_HOST may lead anywhere.
+func TestAnEngineOfAnotherHostIsAskedAndNotRemembered(t *testing.T) {
+	t.Parallel()
+	n := usagetest.NewNode(t)
+	e := newFakeEngine(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: e}
+	go func() { _ = srv.Serve(l) }()
+	n.Create(t, "qwen")
+	e.use(true)
+	here, remote := settings(n), settings(n)
+	remote.DockerHost = "tcp://" + l.Addr().String()
+	if uses, err := named(t, Of(remote, n.Volumes), "docker").Uses(t.Context()); err != nil || len(uses) != 1 {
+		t.Errorf("while the settings name it: %v, %v", uses, err)
+	}
+	_ = srv.Close()
+	for _, host := range []string{remote.DockerHost, "ssh://me@nowhere.invalid"} {
+		remote.DockerHost = host
+		if uses, err := named(t, Of(remote, n.Volumes), "docker").Uses(t.Context()); err == nil {
+			t.Errorf("%s does not answer: %v", host, uses)
+		}
+	}
+	if uses, err := named(t, Of(here, n.Volumes), "docker").Uses(t.Context()); err != nil || len(uses) > 0 {
+		t.Errorf("when the settings do not name it any more: %v, %v", uses, err)
+	}
+}
+
 func TestAHostWithoutADriverHasNoGPUUntilOneAnswers(t *testing.T) {
 	n := usagetest.NewNode(t)
 	dir := t.TempDir()
