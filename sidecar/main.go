@@ -37,6 +37,7 @@ import (
 var version = "dev"
 
 func main() {
+	signal.Ignore(syscall.SIGHUP) // until somebody listens to it: policyFile.watch
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := run(ctx, os.Args[1:], os.Stderr)
 	stop()

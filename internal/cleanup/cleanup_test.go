@@ -67,7 +67,13 @@ func (s *source) set(err error, versions ...digest.Digest) {
 
 func newNode(t *testing.T) *node {
 	t.Helper()
-	n := &node{t: t, dir: filepath.Join(t.TempDir(), "store"), source: &source{}, now: time.Now()}
+	return nodeAt(t, filepath.Join(t.TempDir(), "store"))
+}
+
+// nodeAt opens the store of a node that another process may have made.
+func nodeAt(t *testing.T, dir string) *node {
+	t.Helper()
+	n := &node{t: t, dir: dir, source: &source{}, now: time.Now()}
 	var err error
 	if n.store, err = store.Open(n.dir, store.WithClock(n.clock)); err != nil {
 		t.Fatal(err)
@@ -127,6 +133,39 @@ func (n *node) has(name string) bool {
 		n.t.Fatal(err)
 	}
 	return err == nil
+}
+
+func (n *node) digest(name string) digest.Digest {
+	n.t.Helper()
+	ref, err := reference.Parse(name)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	v, err := n.store.Resolve(ref)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return v.Digest
+}
+
+// remove does what larder rm does.
+func (n *node) remove(name string) {
+	n.t.Helper()
+	ref, err := reference.Parse(name)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if _, err := n.cleaner.Collector.Remove(n.t.Context(), []reference.Reference{ref}, gc.Options{Reason: "test"}); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// check reads everything again.
+func (n *node) check() {
+	n.t.Helper()
+	if problems, err := n.store.Verify(n.t.Context(), nil, nil); err != nil || len(problems) > 0 {
+		n.t.Fatalf("verify: %v %v", problems, err)
+	}
 }
 
 func (n *node) trash() int {

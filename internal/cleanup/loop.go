@@ -90,11 +90,31 @@ type Loop struct {
 	policy *retention.Policy
 
 	samples *samples
+	said    map[string]said // by what it is about
+}
+
+// said is a complaint that need not be repeated at every turn.
+type said struct {
+	text string
+	at   time.Time
+}
+
+// sayAgain is how often the same complaint is logged.
+const sayAgain = 10 * time.Minute
+
+// complain logs an error unless it has said the same of the same thing not long
+// ago.
+func (l *Loop) complain(about, message string, err error, more ...any) {
+	if last := l.said[about]; last.text == err.Error() && time.Since(last.at) < sayAgain {
+		return
+	}
+	l.said[about] = said{err.Error(), time.Now()}
+	l.log.Error(message, append(more, "error", err)...)
 }
 
 // NewLoop makes a loop, which Run starts.
 func NewLoop(c Config) *Loop {
-	l := &Loop{c: c, log: c.Log, changed: make(chan struct{}, 1), reloaded: make(chan struct{}, 1), policy: c.Policy, beat: time.Now()}
+	l := &Loop{c: c, log: c.Log, changed: make(chan struct{}, 1), reloaded: make(chan struct{}, 1), policy: c.Policy, beat: time.Now(), said: map[string]said{}}
 	if l.log == nil {
 		l.log = slog.New(slog.DiscardHandler)
 	}
@@ -279,7 +299,7 @@ func (r *round) wake() time.Time {
 func (r *round) measure(now time.Time) {
 	free, capacity, err := r.l.space()
 	if err != nil {
-		r.l.log.Error("measure free space", "error", err)
+		r.l.complain("space", "measure free space", err)
 		r.nextMeasure = now.Add(longestPace)
 		r.l.set(func(s *Status) { s.SpaceErr = err })
 		return
@@ -343,7 +363,7 @@ func (r *round) seen(res lookResult) {
 	}
 	if res.err != nil {
 		if !errors.Is(res.err, context.Canceled) {
-			r.l.log.Error("look at the store", "error", res.err)
+			r.l.complain("store", "look at the store", res.err)
 		}
 		r.l.set(func(s *Status) { s.LookErr = res.err })
 		return
@@ -405,7 +425,7 @@ func (r *round) afterwards(now time.Time) time.Time {
 	if p == nil {
 		p = retention.None()
 	}
-	jitter := 0.9 + 0.2*rand.Float64() //nolint:gosec // no secret
+	jitter := 0.9 + 0.2*rand.Float64()
 	next := now.Add(time.Duration(float64(p.Interval) * jitter))
 	if open, opens := p.Open(now); !open && !opens.IsZero() && opens.Before(next) {
 		next = opens.Add(time.Second)

@@ -1,11 +1,14 @@
 package cleanup
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -518,4 +521,22 @@ func TestSamplesAreAWeekAtMost(t *testing.T) {
 	if len(s.list) != 1 || s.list[0].Free != 7 {
 		t.Errorf("after the wall clock was put back: %+v", s.list)
 	}
+}
+
+func TestTheSameComplaintIsNotLoggedAtEveryTurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, nil)
+		var out bytes.Buffer
+		b.log = slog.New(slog.NewTextHandler(&out, nil))
+		b.inv.Failed = []*usage.Error{{Source: "engine", Err: errors.New("no answer")}}
+		b.run(t, func() {
+			for range 30 {
+				b.changed <- struct{}{}
+				time.Sleep(10 * time.Second)
+			}
+		})
+		if n := strings.Count(out.String(), "source=engine"); n != 1 {
+			t.Errorf("in five minutes and %d looks it was logged %d times", b.looked(), n)
+		}
+	})
 }

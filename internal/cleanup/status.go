@@ -193,14 +193,14 @@ func (l *Loop) seen(inv *gc.Inventory) {
 	st := l.c.Cleaner.Collector.Store
 	nodes, err := st.Nodes()
 	if err != nil {
-		l.log.Error("list the nodes of the store", "error", err)
+		l.complain("nodes", "list the nodes of the store", err)
 	}
 	history, err := st.History()
 	if err != nil {
-		l.log.Error("read what became of versions", "error", err)
+		l.complain("history", "read what became of versions", err)
 	}
 	for _, f := range inv.Failed {
-		l.log.Error("a source cannot tell what is in use, so that nothing is removed", "source", f.Source, "error", f.Err)
+		l.complain("source "+f.Source, "a source cannot tell what is in use, so that nothing is removed", f.Err, "source", f.Source)
 	}
 	l.set(func(s *Status) {
 		s.Totals.count(s.Inventory, inv)
