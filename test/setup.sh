@@ -34,6 +34,7 @@ packages=(
 if [ "$what" = all ]; then
 	packages+=(gcc libc6-dev pkg-config libseccomp-dev) # -race, runc
 	packages+=(user-mode-linux)                         # an older kernel: internal/overlay
+	packages+=(chromium fonts-dejavu-core prometheus)   # the sidecar's page; metrics, alerts (promtool), dashboard
 	packages+=(skopeo)                                  # reads the store as any OCI tool does
 	packages+=(systemd)                                 # systemd-analyze, for the units
 fi

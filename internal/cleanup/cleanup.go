@@ -199,7 +199,7 @@ func (r *Run) Do(ctx context.Context) error {
 	if r.policy == nil {
 		return nil
 	}
-	c, out := r.cleaner, r.Report
+	out := r.Report
 	var failed *multierror.Error
 	for _, f := range out.Inventory.Failed {
 		failed = multierror.Append(failed, f)
@@ -222,7 +222,6 @@ func (r *Run) Do(ctx context.Context) error {
 	}
 	if err := failed.ErrorOrNil(); err != nil {
 		failed.ErrorFormat = joined
-		c.log().Error("clean-up failed", "error", err)
 		return err
 	}
 	return nil
@@ -273,7 +272,7 @@ func (r *Run) emptyTrash(ctx context.Context) error {
 	c, out := r.cleaner, r.Report
 	now := c.Collector.Time() // with a hold of nothing, what has just gone too
 	before := now.Add(-r.policy.TrashHold)
-	if out.Plan.Pressure != nil {
+	if out.Plan.Pressure != nil || r.policy.TrashHold == 0 {
 		before = now.AddDate(1000, 0, 0) // everything, and that of nodes whose clock is ahead
 	}
 	var err error

@@ -222,6 +222,17 @@ func TestTheTrashIsHeldAndThenEmptied(t *testing.T) {
 	}
 }
 
+func TestATrashThatIsNotHeldIsEmptiedInTheSameRun(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.publish("m:1")
+	n.pass(8 * day)
+	r := n.once(Options{Policy: parse(t, strings.Replace(weekly, "hold: 2d", "hold: 0s", 1))})
+	if n.trash() != 0 || r.Freed < 1<<20 {
+		t.Errorf("%d removals are in the trash, %d bytes were freed", n.trash(), r.Freed)
+	}
+}
+
 func TestWhereSpaceIsShortEverythingInTheTrashGoesAtOnce(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)

@@ -22,7 +22,7 @@ func TestWhatMakeInstallPutsInPlace(t *testing.T) {
 	if out, err := exec.CommandContext(t.Context(), "make", "-C", checkout, "install", "PREFIX="+prefix, "UNITDIR="+units).CombinedOutput(); err != nil {
 		t.Fatalf("make install: %v\n%s", err, out)
 	}
-	for _, program := range []string{"larder", "larder-plugin"} {
+	for _, program := range []string{"larder", "larder-plugin", "larder-sidecar"} {
 		binary, err := elf.Open(filepath.Join(prefix, "bin", program))
 		ok(t, err)
 		if binary.Section(".interp") != nil {
@@ -35,19 +35,19 @@ func TestWhatMakeInstallPutsInPlace(t *testing.T) {
 			t.Errorf("%s is no completion", file)
 		}
 	}
-	socket, service := filepath.Join(units, "larder-plugin.socket"), filepath.Join(units, "larder-plugin.service")
-	verify := exec.CommandContext(t.Context(), "systemd-analyze", "verify", "--man=no", "--recursive-errors=no", socket, service)
+	socket, plugin, sidecar := filepath.Join(units, "larder-plugin.socket"), filepath.Join(units, "larder-plugin.service"), filepath.Join(units, "larder-sidecar.service")
+	verify := exec.CommandContext(t.Context(), "systemd-analyze", "verify", "--man=no", "--recursive-errors=no", socket, plugin, sidecar)
 	out, err := verify.CombinedOutput()
 	if err != nil || strings.Contains(string(out), "larder") {
 		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
 	}
-	showsItsMounts(t, read(t, service))
+	neverSets(t, read(t, plugin), "PrivateMounts", "ProtectSystem") // or no container sees its mounts
+	neverSets(t, read(t, sidecar), "ProtectProc", "PrivateUsers")   // or it does not see what containers use
 }
 
-// showsItsMounts looks for settings that would give the service a mount
-// namespace of its own, in which no container sees its mounts; a comment of the
-// unit lists them.
-func showsItsMounts(t *testing.T, unit string) {
+// neverSets looks for settings that a comment of the unit says must not be made,
+// these two among them.
+func neverSets(t *testing.T, unit string, listed ...string) {
 	t.Helper()
 	setting := regexp.MustCompile(`\b([A-Z]\w+)=`)
 	never := map[string]bool{}
@@ -58,12 +58,14 @@ func showsItsMounts(t *testing.T, unit string) {
 			}
 		}
 	}
-	if !never["PrivateMounts"] || !never["ProtectSystem"] {
-		t.Fatalf("the unit does not list what must not be set: %v", never)
+	for _, name := range listed {
+		if !never[name] {
+			t.Fatalf("the unit does not list %s among what must not be set: %v", name, never)
+		}
 	}
 	for line := range strings.Lines(unit) {
 		if name, _, ok := strings.Cut(line, "="); ok && never[name] {
-			t.Errorf("%s would hide the mounts from containers", strings.TrimSpace(line))
+			t.Errorf("%s must not be set, as the unit itself says", strings.TrimSpace(line))
 		}
 	}
 }

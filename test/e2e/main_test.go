@@ -13,8 +13,9 @@ import (
 	"github.com/larder-project/larder/test/engine"
 )
 
-// programs is where TestMain puts what it builds: larder, larder-plugin with
-// the race detector, and larder-plugin-static for managed plugins.
+// programs is where TestMain puts what it builds: larder, larder-plugin and
+// larder-sidecar with the race detector, and both without it, static, for
+// images and where speed counts.
 var programs string
 
 func TestMain(m *testing.M) {
@@ -39,6 +40,9 @@ func run(m *testing.M) int {
 		{"larder", "./cmd/larder", false},
 		{"larder-plugin", "./plugin", true},
 		{"larder-plugin-static", "./plugin", false},
+		{"larder-sidecar", "./sidecar", true},
+		{"larder-sidecar-static", "./sidecar", false},
+		{"reader", "./test/e2e/reader", false},
 	} {
 		args := []string{"build", "-o", filepath.Join(dir, b.program)}
 		cgo := "CGO_ENABLED=0"
@@ -98,14 +102,21 @@ func eachEngine(t *testing.T, test func(t *testing.T, e *engine.Engine)) {
 	for _, k := range kinds {
 		t.Run(k.name, func(t *testing.T) {
 			t.Parallel()
-			s := shared[k.name]
-			s.once.Do(func() {
-				s.engine, s.err = startEngine(context.Background(), k.find, engine.Options{})
-			})
-			testenv.Need(t, s.err == nil, fmt.Sprintf("the %s engine: %v", k.name, s.err))
-			test(t, s.engine)
+			test(t, sharedOf(t, k.name, k.find))
 		})
 	}
+}
+
+// sharedOf is the shared engine of a kind, which is started when it is first
+// asked for.
+func sharedOf(t *testing.T, name string, find func() (engine.Kind, error)) *engine.Engine {
+	t.Helper()
+	s := shared[name]
+	s.once.Do(func() {
+		s.engine, s.err = startEngine(context.Background(), find, engine.Options{})
+	})
+	testenv.Need(t, s.err == nil, fmt.Sprintf("the %s engine: %v", name, s.err))
+	return s.engine
 }
 
 // ownEngine runs the test on every engine, each started for it alone.
