@@ -13,6 +13,7 @@ import (
 	"github.com/larder-project/larder/internal/gc"
 	"github.com/larder-project/larder/internal/progress"
 	"github.com/larder-project/larder/internal/retention"
+	"github.com/larder-project/larder/internal/store"
 )
 
 // decided is what a plan says of one version, and what became of it, as --json
@@ -189,7 +190,7 @@ func (a *app) printPruned(r *cleanup.Report, o cleanup.Options) error {
 			return err
 		}
 	}
-	return a.printPruneSum(sum, fates)
+	return a.printPruneSum(sum, fates, r.Condemned)
 }
 
 func describeDecision(d retention.Decision) decided {
@@ -225,7 +226,7 @@ func (a *app) pruneRow(d decided) []string {
 	return []string{what, firstOf(d.References), short(d.Digest), frees, why}
 }
 
-func (a *app) printPruneSum(s pruned, fates map[string]gc.Outcome) error {
+func (a *app) printPruneSum(s pruned, fates map[string]gc.Outcome, condemned []store.Removal) error {
 	verb, trash := "removed", "moved to the trash"
 	if s.DryRun {
 		verb, trash = "would remove", "would go to the trash"
@@ -244,13 +245,14 @@ func (a *app) printPruneSum(s pruned, fates map[string]gc.Outcome) error {
 		}
 		lines = append(lines, line)
 	}
-	ids := map[string]bool{}
+	told := map[string]bool{}
+	for _, r := range condemned {
+		told[r.ID] = true
+	}
 	for _, o := range fates {
-		if o.Removal != "" && !ids[o.Removal] {
-			ids[o.Removal] = true
-			if s.Pressure == nil {
-				lines = append(lines, "larder undo "+o.Removal+" brings it back")
-			}
+		if o.Removal != "" && !told[o.Removal] {
+			told[o.Removal] = true
+			lines = append(lines, "larder undo "+o.Removal+" brings it back")
 		}
 	}
 	for _, l := range lines {

@@ -270,7 +270,7 @@ func (r *Run) remove(ctx context.Context) error {
 // space is short, everything.
 func (r *Run) emptyTrash(ctx context.Context) error {
 	c, out := r.cleaner, r.Report
-	now := out.Inventory.Time
+	now := c.Collector.Time() // with a hold of nothing, what has just gone too
 	before := now.Add(-r.policy.TrashHold)
 	if out.Plan.Pressure != nil || r.policy.TrashHold == 0 {
 		before = now.AddDate(1000, 0, 0) // everything, and that of nodes whose clock is ahead

@@ -148,7 +148,7 @@ func (c *Collector) executeBatch(ctx context.Context, batch []retention.Decision
 			d := going[v.Digest]
 			v.Model, v.Reason, v.Rule, v.Why = d.Model, string(d.Reason), d.Rule, d.Why
 		})
-		removal, err := c.carryOut(ctx, x, r, t, store.Removal{Time: c.now(), Node: c.Node, By: byPolicy, Reason: summary(versions), Versions: versions})
+		removal, err := c.carryOut(ctx, x, r, t, store.Removal{Time: c.Time(), Node: c.Node, By: byPolicy, Reason: summary(versions), Versions: versions})
 		if err != nil {
 			return err
 		}
@@ -280,7 +280,7 @@ func (c *Collector) dropBlobs(ctx context.Context, blobs []store.Blob) (freed in
 		if err != nil {
 			return err
 		}
-		removal := store.Removal{Time: c.now(), Node: c.Node, By: "leftovers", Reason: "no version needs them"}
+		removal := store.Removal{Time: c.Time(), Node: c.Node, By: "leftovers", Reason: "no version needs them"}
 		for _, b := range blobs {
 			h, ok := store.HashOf(b.Digest)
 			if !ok {

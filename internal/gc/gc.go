@@ -90,7 +90,8 @@ type Collector struct {
 	graph *graph
 }
 
-func (c *Collector) now() time.Time {
+// Time is the collector's own.
+func (c *Collector) Time() time.Time {
 	if c.Now != nil {
 		return c.Now()
 	}

@@ -79,7 +79,7 @@ func (c *Collector) look(ctx context.Context) (*Inventory, error) {
 	if entries, err := c.Store.Index(); err == nil {
 		c.known().update(entries)
 	}
-	inv := &Inventory{Time: c.now(), byDigest: map[digest.Digest]int{}}
+	inv := &Inventory{Time: c.Time(), byDigest: map[digest.Digest]int{}}
 	var r roots
 	var entries []v1.Descriptor
 	g := c.known()

@@ -90,7 +90,7 @@ func (c *Collector) Remove(ctx context.Context, names []reference.Reference, o O
 		if o.DryRun {
 			return nil
 		}
-		removal, err := c.carryOut(ctx, x, r, t, store.Removal{Time: c.now(), Node: c.Node, By: "rm", Reason: o.Reason, Versions: t.removed(nil)})
+		removal, err := c.carryOut(ctx, x, r, t, store.Removal{Time: c.Time(), Node: c.Node, By: "rm", Reason: o.Reason, Versions: t.removed(nil)})
 		if err != nil {
 			return err
 		}

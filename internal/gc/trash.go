@@ -68,7 +68,7 @@ func (c *Collector) Undo(ctx context.Context, id string, only ...digest.Digest) 
 		return out, err
 	}
 	for _, v := range out.Versions {
-		pin := store.Pin{Time: c.now(), Node: c.Node, Why: "brought back by larder undo " + id}
+		pin := store.Pin{Time: c.Time(), Node: c.Node, Why: "brought back by larder undo " + id}
 		if err := c.Store.Pin(ctx, v.Digest, pin); err != nil {
 			return out, fmt.Errorf("everything is back, but not pinned: %w", err)
 		}

@@ -69,7 +69,7 @@ func (c *Collector) why(ctx context.Context, w *Why) error {
 		return err
 	}
 	w.Lease = r.leased[w.Digest]
-	w.Inventory = &Inventory{Time: c.now(), byDigest: map[digest.Digest]int{}}
+	w.Inventory = &Inventory{Time: c.Time(), byDigest: map[digest.Digest]int{}}
 	used, err := c.Store.LastUsed()
 	if err != nil {
 		return err
