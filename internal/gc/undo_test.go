@@ -357,3 +357,36 @@ func TestTwoVersionsOfOneCommitKeepTheirNames(t *testing.T) {
 		t.Errorf("the partial one: %v, %v", v, err)
 	}
 }
+
+// Who is in need does not wait for who takes his time.
+func TestShreddingWithoutALimitWaitsForNobody(t *testing.T) {
+	t.Parallel()
+	s := open(t, t.TempDir()+"/s")
+	mustPublish(t, s, "a:1", string(slices.Repeat([]byte{1}, 4<<20)), string(slices.Repeat([]byte{2}, 4<<20)))
+	remove(t, s, "a:1")
+	if _, err := collect(s).Condemn(t.Context(), time.Now().Add(time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	slow := make(chan error)
+	go func() {
+		_, err := s.Shred(t.Context(), store.Limit{BytesPerSecond: 1 << 20})
+		slow <- err
+	}()
+	time.Sleep(200 * time.Millisecond)
+	if _, err := s.Shred(t.Context(), store.Limit{FilesPerSecond: 1}); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := s.Shredding(); err != nil || n == 0 {
+		t.Errorf("one with a limit did not leave the work to the other: %d bytes are left, %v", n, err)
+	}
+	begin := time.Now()
+	if _, err := s.Shred(t.Context(), store.Limit{}); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := s.Shredding(); err != nil || n != 0 || time.Since(begin) > 2*time.Second {
+		t.Errorf("after %s %d bytes are left, %v", time.Since(begin), n, err)
+	}
+	if err := <-slow; err != nil {
+		t.Error(err)
+	}
+}

@@ -332,14 +332,15 @@ const maxShredStep = 64 << 20
 
 // Shred deletes the files of condemned removals, at most as fast as limit says,
 // and holds no lock of the store meanwhile. It gives the bytes that it freed.
-// Where another process shreds already, it does nothing.
+// Where another process shreds already, it leaves the work to that one, unless
+// there is no limit: then it cannot wait for one that has.
 func (s *Store) Shred(ctx context.Context, limit Limit) (freed int64, err error) {
 	lock, err := disk.OpenFile(s.path(trashName, ".shredding"), os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {
 		return 0, fmt.Errorf("empty trash: %w", err)
 	}
 	defer lock.Close()
-	if mine, err := lock.Lock(true); err != nil || !mine {
+	if mine, err := lock.Lock(true); err != nil || !mine && limit != (Limit{}) {
 		return 0, err
 	}
 	sh := shredder{ctx: ctx}
