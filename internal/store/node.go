@@ -39,7 +39,11 @@ func (s *Store) Claim(node, id string) error {
 	for {
 		have, err := os.ReadFile(path)
 		if err == nil {
-			if owner := strings.TrimSpace(string(have)); owner != id {
+			owner := strings.TrimSpace(string(have))
+			if owner != id && strings.HasPrefix(id, owner) {
+				return fmt.Errorf("claim node %s: %w: %s was emptied or cut short; remove it if this is the node's only state folder", node, ErrDamaged, path)
+			}
+			if owner != id {
 				return fmt.Errorf("claim node %s: %w by another state folder; give this one a name of its own (--node), or, if the other is gone for good, run larder node forget %s", node, ErrInUse, node)
 			}
 			return nil
