@@ -5,12 +5,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/larder-project/larder/internal/atomicfile"
 	"github.com/larder-project/larder/internal/disk"
 	"github.com/larder-project/larder/internal/testenv"
 	"github.com/larder-project/larder/internal/view"
@@ -377,4 +379,53 @@ func nest(t *testing.T, dir string, depth int) {
 		fd = next
 	}
 	_ = unix.Close(fd)
+}
+
+// An overlay that no mount table of this namespace shows keeps its upper in
+// use: one that an open file holds after it was unmounted lazily stands for all
+// that cannot be seen.
+func TestUpperInUseIsWhatTheKernelSays(t *testing.T) {
+	onLimits(t, func(t *testing.T, h *host, dir string, limit Limit) {
+		m, u := h.mount(dir, methods(t)[0], limit)
+		want := func(want bool, when string) {
+			t.Helper()
+			if got, err := UpperInUse(u.Dir); got != want || err != nil {
+				t.Errorf("%s: got %v, %v; want %v", when, got, err, want)
+			}
+		}
+		want(true, "mounted")
+		name := filepath.Join(m.Target, "kept")
+		if err := os.WriteFile(name, []byte("x"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.Open(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Unmount(m.Target, unix.MNT_DETACH); err != nil {
+			t.Fatal(err)
+		}
+		want(true, "held by an open file")
+		f.Close()
+		want(false, "nowhere mounted")
+		for _, left := range []string{filepath.Join(u.Work, "index"), filepath.Join(filepath.Dir(u.Work), probeName)} {
+			if _, err := os.Lstat(left); err == nil {
+				t.Errorf("it left %s", left)
+			}
+		}
+		if got := names(t, filepath.Dir(u.Dir)); slices.ContainsFunc(got, atomicfile.IsTemp) {
+			t.Errorf("it left something beside the upper: %v", got)
+		}
+		h.do(m)
+		if got := string(read(t, name)); got != "x" {
+			t.Errorf("mounted again it has %q", got)
+		}
+		if err := Unmount(m.Target); err != nil {
+			t.Fatal(err)
+		}
+		if err := RemoveUpper(u.Dir); err != nil {
+			t.Fatal(err)
+		}
+		want(false, "removed")
+	})
 }
