@@ -145,7 +145,7 @@ func (a *app) volumes(ctx context.Context) (*volume.Manager, error) {
 		if err != nil {
 			return nil, err
 		}
-		m, err := volume.Open(ctx, volume.Config{Store: st, State: a.cfg.State, Node: a.cfg.Node, BootID: a.getenv("LARDER_BOOT_ID")})
+		m, err := volume.Open(ctx, volume.Config{Store: st, State: a.cfg.State, Node: a.cfg.Node})
 		if err != nil {
 			return nil, err
 		}

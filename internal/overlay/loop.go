@@ -49,6 +49,18 @@ func mountImage(ctx context.Context, dir string, bytes int64) (string, error) {
 	return inside, nil
 }
 
+// Reattach mounts the inside of an upper that a reboot has unmounted, as far as
+// it outlives one: a loop image.
+func Reattach(ctx context.Context, dir string) error {
+	if _, err := os.Lstat(filepath.Join(dir, imageName)); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if _, err := mountImage(ctx, dir, 0); err != nil {
+		return fmt.Errorf("mount upper %s: %w", dir, err)
+	}
+	return nil
+}
+
 // makeImage makes a sparse file with an empty ext4 in it. The image is made
 // durable before it gets its name: a torn one could not be told from one that
 // a container's files are in.
@@ -84,6 +96,15 @@ func makeImage(ctx context.Context, image string, size int64) error {
 		return err
 	}
 	return disk.SyncDir(filepath.Dir(image))
+}
+
+// checkLoop tells what a loop image needs and this process has not.
+func checkLoop() error {
+	if _, err := os.Stat("/dev/loop-control"); err != nil {
+		return fmt.Errorf("%w: the file system below has no project quotas, and a loop image cannot be mounted: %w (modprobe loop)", ErrLimit, err)
+	}
+	_, err := findMkfs()
+	return err
 }
 
 // findMkfs looks where the program is, too: services often run with a PATH

@@ -135,6 +135,18 @@ func (l Limit) check() error {
 	return nil
 }
 
+// CheckLimit refuses a limit that no upper below dir could have on this host.
+func CheckLimit(dir string, limit Limit) error {
+	if err := limit.check(); err != nil {
+		return err
+	}
+	backend, err := chooseBackend(dir, limit)
+	if err == nil && backend == Loop {
+		err = checkLoop()
+	}
+	return err
+}
+
 func tooSmallForLoop(n int64) error {
 	return fmt.Errorf("%w: a size of %d bytes is too small for a loop image, the least is 16 MiB; the file system below has no project quotas (`larder doctor` says how to get them)", ErrLimit, n)
 }

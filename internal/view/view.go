@@ -76,6 +76,11 @@ type Spec struct {
 	UID, GID *uint32      // owner of everything; nil: 0
 	Mode     *fs.FileMode // permission bits of files; folders get x where files get r; nil: by ReadOnly
 
+	// OwnNames: a version that no revision names gets a name of Larder's own,
+	// never that of the default branch, in the hf layout: a view of models that
+	// nobody chose must not say which version of one is the one to take.
+	OwnNames bool
+
 	Models []Model
 }
 
@@ -88,7 +93,7 @@ type Model struct {
 	// layout, each a file below refs: main, v1, refs/pr/1. Full commits are
 	// passed over: a commit is found without a ref. When none is left the
 	// version gets "main", or a name of Larder's own where another version of
-	// the same repository has that.
+	// the same repository has that, or Spec.OwnNames.
 	Revisions []string
 	// Commit is the hub's commit, 40 hex digits. When empty, it is the
 	// revision in Pack if that is a commit, else made of Digest.
@@ -128,6 +133,20 @@ type Tree struct {
 	// OwnFiles tells that mode or owner of files were asked for by name, which
 	// hard links cannot give.
 	OwnFiles bool
+}
+
+// Fits tells whether a view can show the tree by this method.
+func (t Tree) Fits(method Method) error {
+	switch method {
+	case DataOnly, Lower:
+		return nil
+	case HardLink:
+		if t.OwnFiles {
+			return fmt.Errorf("%w: uid, gid and mode of files cannot be set on this host, for its views are made of hard links; leave these options out, or see `larder doctor` for what is missing", ErrInvalid)
+		}
+		return nil
+	}
+	return fmt.Errorf("%w: method %.50q is not known", ErrInvalid, method)
 }
 
 // keyFormat changes whenever Build writes a tree in another way, so that views
@@ -187,6 +206,7 @@ func Plan(spec Spec) (Tree, error) {
 
 // planner collects entries. Folders come to be with what is in them.
 type planner struct {
+	ownNames bool
 	entries  map[string]Entry
 	uid, gid uint32
 	file     fs.FileMode
@@ -198,7 +218,7 @@ func newPlanner(spec Spec) (*planner, error) {
 	if len(spec.Models) == 0 {
 		return nil, fmt.Errorf("%w: it has no model", ErrInvalid)
 	}
-	p := &planner{entries: make(map[string]Entry), file: 0o666, dir: 0o777}
+	p := &planner{ownNames: spec.OwnNames, entries: make(map[string]Entry), file: 0o666, dir: 0o777}
 	if spec.ReadOnly {
 		p.file, p.dir = 0o444, 0o555
 	}

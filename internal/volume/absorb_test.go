@@ -56,26 +56,40 @@ func TestDownloadsOfARunAreTakenOver(t *testing.T) {
 	}
 	run("a", first, "weights of the first")
 	n.mustMounts(0)
-	got, err := n.resolve1("hf://org/name@main")
+	got, err := n.resolve1("hf://org/name@" + first)
 	if err != nil {
 		t.Fatal(err)
 	}
 	dir := n.mount("cache", "b")
-	if got := read(t, dir+"/models--org--name/snapshots/"+first+"/model.safetensors"); got != "weights of the first" {
+	repo := dir + "/models--org--name"
+	if got := read(t, repo+"/snapshots/"+first+"/model.safetensors"); got != "weights of the first" {
 		t.Errorf("the next container reads %q", got)
+	}
+	if got := read(t, repo+"/refs/larder-"+first[:12]); got != first {
+		t.Errorf("the ref of its own names %q", got)
 	}
 	n.unmount("cache", "b")
 	if err := n.Absorb(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	// A second commit, whose container says that main is it now, is added and
-	// takes nothing away.
 	run("c", second, "weights of the second")
-	if now, err := n.resolve1("hf://org/name@main"); err != nil || now != got {
-		t.Errorf("main moved to %s, %v: a container must not say what others get", now, err)
+	if now, err := n.resolve1("hf://org/name@" + first); err != nil || now != got {
+		t.Errorf("the first commit is now %s, %v, want %s", now, err, got)
 	}
 	if _, err := n.resolve1("hf://org/name@" + second); err != nil {
 		t.Errorf("the second commit: %v", err)
+	}
+	// Which commit a branch means, no container has a say in: neither in the
+	// store nor in the views of others.
+	if now, err := n.resolve1("hf://org/name@main"); err == nil {
+		t.Errorf("main is %s because a container said so", now)
+	}
+	if _, err := os.Stat(n.mount("cache", "d") + "/models--org--name/refs/main"); err == nil {
+		t.Error("the next container's cache says what main is")
+	}
+	n.unmount("cache", "d")
+	if err := n.Absorb(t.Context()); err != nil {
+		t.Fatal(err)
 	}
 	if err := n.Remove(t.Context(), "cache"); err != nil {
 		t.Fatal(err)

@@ -174,9 +174,15 @@ func read(t *testing.T, path string) string {
 // another place, as a container does.
 func container(t *testing.T, source string) (stop func()) {
 	t.Helper()
-	at := t.TempDir()
-	cmd := exec.Command("unshare", "-m", "--propagation", "private", "sh", "-c",
-		fmt.Sprintf("mount --bind %q %q && umount -l %q && echo ready && exec sleep 300", source, at, source))
+	return namespace(t, fmt.Sprintf("mount --bind %q %q && umount -l %q", source, t.TempDir(), source))
+}
+
+// namespace is a process in a mount namespace of its own in which a script has
+// been run.
+func namespace(t *testing.T, script string) (stop func()) {
+	t.Helper()
+	cmd := exec.Command("unshare", "-m", "--propagation", "private", "sh", "-c", script+" && echo ready && exec sleep 300")
+	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
