@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -58,9 +59,9 @@ func (a *app) ps(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	mounts, err := vols.Mounts(ctx)
-	if err != nil {
-		return err
+	mounts, damaged := vols.Mounts(ctx)
+	if damaged != nil && len(mounts) == 0 {
+		return damaged
 	}
 	versions, err := a.st.Versions()
 	if err != nil {
@@ -100,9 +101,9 @@ func (a *app) ps(ctx context.Context) error {
 		t.add(name, model, version, age(time.Now(), out.Since), userColumn(out), out.Target)
 	}
 	if a.json {
-		return nil
+		return damaged
 	}
-	return t.print(a.out)
+	return errors.Join(t.print(a.out), damaged)
 }
 
 // engineTimeout bounds what ps waits for an engine: names are a kindness.

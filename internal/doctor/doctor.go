@@ -40,7 +40,7 @@ const (
 
 // Finding is one thing that was examined.
 type Finding struct {
-	Name    string  `json:"name"` // stable: user, kernel, store, state, views, reflink, quota, tmpfs, loop, space, plugin, engine
+	Name    string  `json:"name"` // stable: user, pid, kernel, store, state, mounts, views, reflink, quota, tmpfs, loop, space, plugin, engine
 	Verdict Verdict `json:"verdict"`
 	Found   string  `json:"found"`
 	Advice  string  `json:"advice,omitempty"`
@@ -126,10 +126,14 @@ func (d *doctor) store() *store.Store {
 }
 
 func (d *doctor) state(ctx context.Context, st *store.Store) {
-	_, err := volume.Open(ctx, volume.Config{Store: st, State: d.c.State, Node: d.c.Node})
+	vols, err := volume.Open(ctx, volume.Config{Store: st, State: d.c.State, Node: d.c.Node})
 	if err != nil {
 		advice := "name another folder with --state, or put this one right"
-		if errors.Is(err, fs.ErrPermission) {
+		var hinted interface{ Hint() string }
+		switch {
+		case errors.As(err, &hinted):
+			advice = hinted.Hint()
+		case errors.Is(err, fs.ErrPermission):
 			advice = "run it as root, or name a folder of your own with --root"
 		}
 		d.find("state", Bad, advice, "%v", err)
@@ -141,12 +145,33 @@ func (d *doctor) state(ctx context.Context, st *store.Store) {
 		d.find("state", Better, "put both on one XFS or btrfs, so that the first write into a large file costs nothing",
 			"%s%s: not on the store's file system", d.c.State, d.from("state"))
 	}
+	d.mounts(ctx, vols)
 	caps, err := overlay.Probe(ctx, st.BlobsDir(), d.c.State)
 	if err != nil {
 		d.find("views", Bad, "without test mounts nothing can be said about this host; run it as root", "%v", err)
 		return
 	}
 	d.capabilities(caps)
+}
+
+// mounts tells whether it is known what is mounted, and who uses it.
+func (d *doctor) mounts(ctx context.Context, vols *volume.Manager) {
+	if blind := vols.Blind(); blind != "" {
+		d.find("pid", Better, "run it in the host's PID namespace (docker run --pid=host, hostPID: true)", "%s; a mount that no engine has unmounted is never taken away", blind)
+	} else {
+		d.find("pid", Good, "", "the processes of all containers are seen")
+	}
+	mounts, err := vols.Mounts(ctx)
+	if err != nil {
+		advice := "larder ps tells more"
+		var hinted interface{ Hint() string }
+		if errors.As(err, &hinted) {
+			advice = hinted.Hint()
+		}
+		d.find("mounts", Bad, advice, "%v", err)
+		return
+	}
+	d.find("mounts", Good, "", "live mounts: %d", len(mounts))
 }
 
 func (d *doctor) capabilities(caps overlay.Capabilities) {

@@ -297,7 +297,7 @@ func (m *Manager) sweepRunsOf(ctx context.Context, name string, use kernelUse) e
 			return err
 		}
 	}
-	return errors.Join(removeEmpty(filepath.Dir(m.runUpper(name, "x"))), removeEmpty(m.Path(name)))
+	return errors.Join(removeEmpty(filepath.Dir(m.runUpper(name, "x"))), removeEmpty(m.Path(name)), removeEmpty(m.mountsDir(name)))
 }
 
 // absorbs tells whether a volume has the option absorb.
@@ -434,10 +434,14 @@ func (m *Manager) remove(ctx context.Context, name string) error {
 	if err != nil {
 		return fmt.Errorf("remove volume %s: %w", name, err)
 	}
-	// Its record may be gone while a container still shows the mount.
-	shared := mountRecord{Volume: name, Target: filepath.Join(m.Path(name), sharedTarget), Upper: m.volumeUpper(name)}
-	shared.Place = m.placeOf(shared.Target)
-	for _, mr := range append(slices.Clone(records), shared) {
+	all := slices.Clone(records)
+	if upper := m.volumeUpper(name); !slices.ContainsFunc(all, func(mr mountRecord) bool { return mr.Upper == upper }) {
+		// Its record may be gone while a container still shows the mount.
+		lost := mountRecord{Volume: name, Target: filepath.Join(m.Path(name), sharedTarget), Upper: upper}
+		lost.Place = m.placeOf(lost.Target)
+		all = append(all, lost)
+	}
+	for _, mr := range all {
 		users := use.users(m, mr)
 		switch {
 		case mr.Manual && !mr.Leaving:

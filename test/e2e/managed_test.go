@@ -122,6 +122,77 @@ func TestManagedPluginDoesTheJob(t *testing.T) {
 	})
 }
 
+// The plugin and the command line on the host have one state under two paths,
+// and mounts that are made in the plugin's mount namespace alone: what one of
+// them mounts, the other must not delete.
+func TestManagedPluginAndHostHaveOneState(t *testing.T) {
+	ownEngine(t, engine.Options{}, func(t *testing.T, e *engine.Engine) {
+		m := newManaged(t, e)
+		m.importModel("tiny:1.0.0", tiny(46))
+		if plugin, host := link(t, fmt.Sprintf("/proc/%d/ns/pid", m.pid())), link(t, "/proc/self/ns/pid"); plugin != host {
+			t.Errorf("the plugin has the PID namespace %s, the host %s: pidhost is not honoured", plugin, host)
+		}
+		var volumes []string
+		for _, options := range [][]string{{"scope=volume"}, {"scope=run"}, {"access=ro"}} {
+			v := m.volume(strings.ReplaceAll(options[0], "=", "-"), append(options, "model=tiny")...)
+			c := m.start("-v", v+":/models")
+			if options[0] != "access=ro" {
+				m.sh(c, "echo mine > /models/mine")
+			}
+			mounts := m.ps()
+			if len(mounts) != 1 {
+				t.Fatalf("larder ps on the host lists %v, want one mount", mounts)
+			}
+			if users, _ := mounts[0]["users"].([]any); len(users) != 1 || !strings.Contains(fmt.Sprint(users), c[:12]) {
+				t.Errorf("%s: larder ps says it is used by %v, want the container %s", v, users, c)
+			}
+			if out, err := m.larderErr("volume", "rm", v); exitCode(err) != 4 {
+				t.Errorf("larder volume rm of what a container shows: %v, want exit code 4: %s", err, out)
+			}
+			if options[0] != "access=ro" {
+				if got := m.sh(c, "cat /models/mine && echo more > /models/more && ls /models/tokenizer"); got != "mine\nvocab.txt" {
+					t.Errorf("%s: after that the container sees %q", v, got)
+				}
+			}
+			m.docker("rm", "-f", c)
+			volumes = append(volumes, v)
+		}
+		// No container shows them, but the plugin has them mounted: containers
+		// may be about to start. The plugin itself ends that.
+		for _, v := range volumes {
+			m.mountByPlugin(v, strings.Repeat("ab", 32))
+		}
+		if got := m.ps(); len(got) != len(volumes) {
+			t.Errorf("larder ps lists %v, want %d mounts", got, len(volumes))
+		}
+		m.larder(append([]string{"volume", "rm"}, volumes...)...)
+		m.eventually("the plugin takes its mounts away", func() error {
+			if left := m.ps(); len(left) > 0 {
+				return fmt.Errorf("larder ps lists %v", left)
+			}
+			return nil
+		})
+		m.eventually("no writes are left", m.noUppers)
+	})
+}
+
+// mountByPlugin asks for a mount as the engine does before it starts a
+// container.
+func (m *managed) mountByPlugin(volume, id string) {
+	m.t.Helper()
+	m.socket = filepath.Join(fmt.Sprintf("/proc/%d/root", m.pid()), "run/docker/plugins/larder.sock")
+	if _, err := m.call("VolumeDriver.Mount", map[string]string{"Name": volume, "ID": id}); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+func link(t *testing.T, path string) string {
+	t.Helper()
+	to, err := os.Readlink(path)
+	ok(t, err)
+	return to
+}
+
 func TestManagedPluginKilled(t *testing.T) {
 	ownEngine(t, engine.Options{}, func(t *testing.T, e *engine.Engine) {
 		m := newManaged(t, e)
