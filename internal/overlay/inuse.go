@@ -21,8 +21,8 @@ import (
 // is to have an index is refused them (ovl_report_in_use in
 // fs/overlayfs/super.c). So one is made on the work folder and an empty upper,
 // without being mounted anywhere, and let go of at once. Where this cannot be
-// done (before Linux 5.2, on a full file system) the answer is no, and mount
-// tables are all there is.
+// done (before Linux 5.2, under a filter of system calls, on a full file
+// system) the answer is no, and mount tables are all there is.
 func UpperInUse(dir string) (bool, error) {
 	inside, scratch := dir, filepath.Join(filepath.Dir(dir), fmt.Sprintf("%s%d-%s", atomicfile.TempPrefix, os.Getpid(), filepath.Base(dir)))
 	if mounted, err := IsMounted(filepath.Join(dir, fsName)); err != nil {
@@ -36,8 +36,10 @@ func UpperInUse(dir string) (bool, error) {
 		return false, nil // it was never mounted
 	}
 	used, err := isOthers(work, scratch)
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) || errors.Is(err, disk.ErrNotSupported) {
-		err = nil
+	for _, cannot := range []error{unix.ENOSPC, unix.EDQUOT, unix.EPERM, disk.ErrNotSupported} {
+		if errors.Is(err, cannot) {
+			err = nil
+		}
 	}
 	if err := errors.Join(err, disk.RemoveAll(scratch)); err != nil {
 		return false, fmt.Errorf("find out whether upper %s is in use: %w", dir, err)

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"os"
@@ -415,15 +416,19 @@ func (n *node) nothingMounted() error {
 }
 
 // noUppers tells whether nothing that containers wrote is left: neither of a
-// run (uppers/run/VOLUME/ID) nor of a volume (uppers/volume/VOLUME).
+// run (uppers/run/VOLUME/ID), nor of a volume (uppers/volume/VOLUME), nor what
+// is to be taken over (uppers/absorb/VOLUME).
 func (n *node) noUppers() error {
-	for _, kind := range []string{"run", "volume"} {
+	for _, kind := range []string{"run", "volume", "absorb"} {
 		left, err := os.ReadDir(filepath.Join(n.root, "node", "uppers", kind))
+		if errors.Is(err, fs.ErrNotExist) && kind == "absorb" {
+			continue
+		}
 		if err != nil {
 			return err
 		}
 		if len(left) > 0 {
-			return fmt.Errorf("what %d %ss wrote is left, the first is %s", len(left), kind, left[0].Name())
+			return fmt.Errorf("uppers/%s has %d entries, the first is %s", kind, len(left), left[0].Name())
 		}
 	}
 	return nil
