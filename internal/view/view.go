@@ -76,12 +76,13 @@ type Spec struct {
 	UID, GID *uint32      // owner of everything; nil: 0
 	Mode     *fs.FileMode // permission bits of files; folders get x where files get r; nil: by ReadOnly
 
-	// OwnNames: a version that no revision names gets a name of Larder's own,
-	// never that of the default branch, in the hf layout: a view of models that
-	// nobody chose must not say which version of one is the one to take.
-	OwnNames bool
-
 	Models []Model
+
+	// Catalog: the models are all that there are, and nobody chose them. So
+	// there may be none; and in the hf layout a version that no revision names
+	// gets a name of Larder's own, never that of the default branch: which
+	// version of a model is the one to take, a view must not say by itself.
+	Catalog bool
 }
 
 // Model is one version of a model in a view.
@@ -93,7 +94,7 @@ type Model struct {
 	// layout, each a file below refs: main, v1, refs/pr/1. Full commits are
 	// passed over: a commit is found without a ref. When none is left the
 	// version gets "main", or a name of Larder's own where another version of
-	// the same repository has that, or Spec.OwnNames.
+	// the same repository has that, or with Spec.Catalog.
 	Revisions []string
 	// Commit is the hub's commit, 40 hex digits. When empty, it is the
 	// revision in Pack if that is a commit, else made of Digest.
@@ -206,7 +207,7 @@ func Plan(spec Spec) (Tree, error) {
 
 // planner collects entries. Folders come to be with what is in them.
 type planner struct {
-	ownNames bool
+	catalog  bool
 	entries  map[string]Entry
 	uid, gid uint32
 	file     fs.FileMode
@@ -215,10 +216,10 @@ type planner struct {
 }
 
 func newPlanner(spec Spec) (*planner, error) {
-	if len(spec.Models) == 0 {
+	if len(spec.Models) == 0 && !spec.Catalog {
 		return nil, fmt.Errorf("%w: it has no model", ErrInvalid)
 	}
-	p := &planner{ownNames: spec.OwnNames, entries: make(map[string]Entry), file: 0o666, dir: 0o777}
+	p := &planner{catalog: spec.Catalog, entries: make(map[string]Entry), file: 0o666, dir: 0o777}
 	if spec.ReadOnly {
 		p.file, p.dir = 0o444, 0o555
 	}

@@ -515,7 +515,7 @@ func (m *Manager) plan(versions []store.Version, o Options) (view.Tree, error) {
 	if err != nil {
 		return view.Tree{}, err
 	}
-	return view.Plan(view.Spec{Layout: o.Layout, ReadOnly: o.ReadOnly, UID: o.UID, GID: o.GID, Mode: o.Mode, OwnNames: o.Catalog, Models: models})
+	return view.Plan(view.Spec{Layout: o.Layout, ReadOnly: o.ReadOnly, UID: o.UID, GID: o.GID, Mode: o.Mode, Catalog: o.Catalog, Models: models})
 }
 
 // viewModels gives what package view needs to know of versions.

@@ -557,6 +557,24 @@ func TestSizeLimitsWhatIsWritten(t *testing.T) {
 	n.empty()
 }
 
+// A catalog of an empty store is an empty hub cache: the first container
+// downloads into it.
+func TestCatalogOfAnEmptyStore(t *testing.T) {
+	testenv.NeedRoot(t)
+	n := &node{t: t, root: t.TempDir()}
+	n.reopen("")
+	t.Cleanup(n.unmountAll)
+	n.create("hub", "model=*")
+	dir := n.mount("hub", "a")
+	write(t, dir+"/new", "x")
+	n.unmount("hub", "a")
+	n.publish("m:1", "one")
+	if _, err := os.Stat(n.mount("hub", "b") + "/models--m"); err != nil {
+		t.Errorf("the next run does not see what came in: %v", err)
+	}
+	n.unmount("hub", "b")
+}
+
 // What this host can never mount is refused when it is made, and the refusal
 // says what can be.
 func TestVolumesThatCanNeverBeMountedAreRefused(t *testing.T) {

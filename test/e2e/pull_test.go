@@ -160,13 +160,14 @@ func TestSeveralModelsInOneVolume(t *testing.T) {
 }
 
 // downloadScript is what a hub's client leaves in its cache: a model of one
-// file, with what the container says of it.
-func downloadScript(repo, commit, content string) string {
+// file, a line many times over, with what the container says of it.
+func downloadScript(repo, commit, line string, times int) (script, content string) {
+	content = strings.Repeat(line+"\n", times)
 	return fmt.Sprintf(`set -e; r=/hub/models--%[1]s; c=%[2]s
 mkdir -p $r/blobs $r/refs $r/snapshots/$c
-printf %%s '%[3]s' > $r/blobs/%[4]s
+yes '%[3]s' | head -n %[5]d > $r/blobs/%[4]s
 printf %%s $c > $r/refs/main
-ln -s ../../blobs/%[4]s $r/snapshots/$c/model.safetensors`, strings.ReplaceAll(repo, "/", "--"), commit, content, sha256hex([]byte(content)))
+ln -s ../../blobs/%[4]s $r/snapshots/$c/model.safetensors`, strings.ReplaceAll(repo, "/", "--"), commit, line, sha256hex([]byte(content)), times), content
 }
 
 // What a container downloads is there for the next one, on the disk once, and
@@ -180,8 +181,10 @@ func TestDownloadsAreAbsorbed(t *testing.T) {
 		n.startPlugin()
 		v := n.volume("hub", "model=*", "absorb=on")
 		fresh, forged := strings.Repeat("a", 40), strings.Repeat("b", 40)
-		n.run("--user", "1000", "-v", v+":/hub", engine.Image, "sh", "-c", downloadScript("org/new", fresh, "new weights"))
-		n.run("--user", "1000", "-v", v+":/hub", engine.Image, "sh", "-c", downloadScript("org/known", forged, "not what it says"))
+		script, content := downloadScript("org/new", fresh, "wlines", 10)
+		n.run("--user", "1000", "-v", v+":/hub", engine.Image, "sh", "-c", script)
+		script, _ = downloadScript("org/known", forged, "forgery", 10)
+		n.run("--user", "1000", "-v", v+":/hub", engine.Image, "sh", "-c", script)
 		n.eventually("the downloads are in the store", func() error {
 			for _, name := range []string{"hf://org/new@" + fresh, "hf://org/known@" + forged} {
 				if _, err := n.larderErr("show", name); err != nil {
@@ -190,7 +193,7 @@ func TestDownloadsAreAbsorbed(t *testing.T) {
 			}
 			return nil
 		})
-		if got := n.run("-v", v+":/hub", engine.Image, "cat", "/hub/models--org--new/snapshots/"+fresh+"/model.safetensors"); got != "new weights" {
+		if got := n.run("-v", v+":/hub", engine.Image, "cat", "/hub/models--org--new/snapshots/"+fresh+"/model.safetensors"); got+"\n" != content {
 			t.Errorf("the next container reads %q", got)
 		}
 		if got := n.run("-v", v+":/hub", engine.Image, "cat", "/hub/models--org--known/refs/main"); got != known {
