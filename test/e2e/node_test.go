@@ -41,6 +41,7 @@ type node struct {
 	driver string
 	socket string
 	label  string // on every container
+	bin    string // folder of the programs
 	env    []string
 
 	plugin *process
@@ -56,7 +57,7 @@ func newNode(t *testing.T, e *engine.Engine) *node {
 	rand.Read(id)
 	driver := "larder-" + hex.EncodeToString(id)
 	n := &node{
-		t: t, e: e, root: root, driver: driver, label: "node=" + driver,
+		t: t, e: e, root: root, driver: driver, label: "node=" + driver, bin: programs,
 		socket: "/run/docker/plugins/" + driver + ".sock",
 	}
 	t.Cleanup(n.close)
@@ -202,7 +203,7 @@ func (n *node) environ() []string {
 // startPlugin starts the plugin and returns when its socket answers.
 func (n *node) startPlugin() {
 	n.t.Helper()
-	n.plugin = n.spawn(filepath.Join(programs, "larder-plugin"), nil, nil, "--root", n.root, "--socket", n.socket)
+	n.plugin = n.spawn(filepath.Join(n.bin, "larder-plugin"), nil, nil, "--root", n.root, "--socket", n.socket)
 	n.waitPlugin()
 }
 
@@ -291,7 +292,7 @@ func (n *node) larder(args ...string) string {
 }
 
 func (n *node) larderErr(args ...string) (string, error) {
-	cmd := exec.CommandContext(n.t.Context(), filepath.Join(programs, "larder"), append([]string{"--root", n.root}, args...)...)
+	cmd := exec.CommandContext(n.t.Context(), filepath.Join(n.bin, "larder"), append([]string{"--root", n.root}, args...)...)
 	cmd.Env = append(n.environ(), n.env...)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr

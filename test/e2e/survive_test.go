@@ -578,6 +578,9 @@ func TestPausedContainerIsInUse(t *testing.T) {
 func TestHostReboot(t *testing.T) {
 	ownEngine(t, engine.Options{}, func(t *testing.T, e *engine.Engine) {
 		n := newNode(t, e)
+		var err error
+		n.bin, err = withFaults()
+		ok(t, err)
 		n.importModel("tiny", tiny(34))
 		n.startPlugin()
 		run, kept := n.volume("run", "model=tiny"), n.volume("kept", "model=tiny", "scope=volume")
