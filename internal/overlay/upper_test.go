@@ -25,21 +25,25 @@ var limits = []struct {
 	options []string
 	ask     Backend
 	want    Backend
+	mkfs    []string // where mkfs.ext4 is
 }{
-	{"ext4", []string{"prjquota"}, Auto, Quota},
-	{"xfs", []string{"prjquota"}, Auto, Quota},
-	{"ext4", nil, Auto, Loop},
-	{"xfs", nil, Auto, Loop},
-	{"btrfs", nil, Auto, Loop},
-	{"ext4", nil, Tmpfs, Tmpfs},
+	{"ext4", []string{"prjquota"}, Auto, Quota, nil},
+	{"xfs", []string{"prjquota"}, Auto, Quota, nil},
+	{"ext4", nil, Auto, Loop, mkfsNames},
+	{"ext4", nil, Auto, Loop, nil},
+	{"xfs", nil, Auto, Loop, mkfsNames},
+	{"btrfs", nil, Auto, Loop, nil},
+	{"ext4", nil, Tmpfs, Tmpfs, nil},
 }
 
 func onLimits(t *testing.T, test func(t *testing.T, h *host, viewDir string, limit Limit)) {
 	t.Helper()
 	const size = 24 << 20
 	for _, c := range limits {
-		t.Run(fmt.Sprintf("%s %s %s", c.fstype, c.options, c.ask), func(t *testing.T) {
+		t.Run(fmt.Sprintf("%s %s %s %.1s", c.fstype, c.options, c.ask, c.mkfs), func(t *testing.T) {
 			testenv.NeedPrograms(t, "mkfs.ext4")
+			defer func(names []string) { mkfsNames = names }(mkfsNames)
+			mkfsNames = c.mkfs
 			h := newHost(t, testenv.LoopFS(t, c.fstype, 400<<20, c.options...).Dir)
 			m := h.model(map[string][]byte{"big": random(t, 40<<20), "small": []byte("small")})
 			dir := h.view(view.Spec{Models: []view.Model{m}}, methods(t)[0])
