@@ -106,10 +106,10 @@ func runMkfs(ctx context.Context, mkfs, image string) error {
 	return nil
 }
 
-// checkLoop tells what a loop image needs and this host has not.
+// checkLoop tells why this host has no loop images.
 func checkLoop() error {
-	if _, err := os.Stat("/dev/loop-control"); err != nil {
-		return fmt.Errorf("%w: the file system below has no project quotas, and a loop image cannot be mounted: %w (modprobe loop)", ErrLimit, err)
+	if err := disk.CheckLoop(); err != nil {
+		return fmt.Errorf("%w: the file system below has no project quotas (`larder doctor` says how to get them), and a loop image cannot be had: %w", ErrLimit, err)
 	}
 	return nil
 }

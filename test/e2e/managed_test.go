@@ -220,6 +220,39 @@ func TestManagedPluginTakesDownloadsOver(t *testing.T) {
 	})
 }
 
+// The plugin's file system has its program and nothing else, and limits are
+// kept all the same.
+func TestManagedPluginKeepsLimits(t *testing.T) {
+	ownEngine(t, engine.Options{}, func(t *testing.T, e *engine.Engine) {
+		m := newManaged(t, e)
+		m.importModel("tiny", tiny(47))
+		for _, options := range [][]string{{"size=16MiB"}, {"size=16MiB", "upper=tmpfs"}, {"size=600MiB", "scope=volume"}} {
+			name := strings.NewReplacer("=", "-", ",", "-").Replace(strings.Join(options, "-"))
+			v := m.volume(name, append(options, "model=tiny")...)
+			c := m.start("--user", "1000", "-v", v+":/models")
+			m.sh(c, "dd if=/dev/zero of=/models/fits bs=1M count=4 2>/dev/null && sync")
+			out := m.shFails(c, "dd if=/dev/zero of=/models/toobig bs=1M count=700 && sync")
+			if !strings.Contains(out, "No space left") && !strings.Contains(out, "uota exceeded") {
+				t.Errorf("%s: writing beyond the limit printed %q, want that space or quota ran out", v, out)
+			}
+			m.sh(c, "rm /models/toobig; echo again > /models/small")
+			if options[len(options)-1] == "scope=volume" {
+				m.docker("restart", c)
+				if got := m.sh(c, "cat /models/small"); got != "again" {
+					t.Errorf("after a restart the volume keeps %q", got)
+				}
+			}
+			m.docker("rm", "-f", c)
+			m.docker("volume", "rm", v)
+		}
+		m.eventually("no writes are left", m.noUppers)
+		if loops := runProgram(t, os.Environ(), "losetup", "--list", "--noheadings", "--output", "BACK-FILE"); strings.Contains(loops, m.root) {
+			t.Errorf("loop devices are left:\n%s", loops)
+		}
+		m.refused([]string{"16 MiB"}, "volume", "create", "-d", m.driver, "-o", "model=tiny", "-o", "size=2MiB", m.unique("small"))
+	})
+}
+
 func TestManagedPluginKilled(t *testing.T) {
 	ownEngine(t, engine.Options{}, func(t *testing.T, e *engine.Engine) {
 		m := newManaged(t, e)
