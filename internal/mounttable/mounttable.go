@@ -183,7 +183,15 @@ type namespace struct {
 // a thread may have a mount namespace of its own, and engines written in Go
 // make use of that.
 func (s *scan) process(pid int) error {
-	tasks := filepath.Join(s.q.Proc, strconv.Itoa(pid), "task")
+	dir := filepath.Join(s.q.Proc, strconv.Itoa(pid))
+	tasks := filepath.Join(dir, "task")
+	var st unix.Stat_t
+	if err := unix.Stat(tasks, &st); err != nil {
+		return ignoreGone(err)
+	}
+	if st.Nlink == 2+1 { // it has one thread, as most have
+		return s.task(dir, pid)
+	}
 	d, err := os.Open(tasks)
 	if err != nil {
 		return ignoreGone(err)

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -161,10 +162,18 @@ func waitFor(t *testing.T, ok func() bool) {
 	t.Fatal("waited in vain")
 }
 
+var leader = regexp.MustCompile(`^(\d+)/task/(\d+)/(.*)$`)
+
 // fakeProc makes a folder that looks like /proc.
 func fakeProc(t *testing.T, files map[string]string) string {
 	t.Helper()
 	dir := t.TempDir()
+	for name, content := range files {
+		// A thread of the process's own number is the process itself.
+		if m := leader.FindStringSubmatch(name); m != nil && m[1] == m[2] {
+			files[m[1]+"/"+m[3]] = content
+		}
+	}
 	for name, content := range files {
 		path := filepath.Join(dir, name)
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {

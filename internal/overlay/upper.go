@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -220,7 +221,7 @@ func RemoveUpper(dir string) error {
 		return nil
 	}
 	inside := filepath.Join(dir, fsName)
-	for {
+	for tries := 0; ; {
 		mounted, err := IsMounted(inside)
 		if err != nil {
 			return fmt.Errorf("remove upper %s: %w", dir, err)
@@ -228,7 +229,14 @@ func RemoveUpper(dir string) error {
 		if !mounted {
 			break
 		}
-		if err := Unmount(inside); err != nil {
+		err = Unmount(inside)
+		if tries++; errors.Is(err, ErrBusy) && tries < 20 {
+			// A process that this one is starting has, until its program
+			// runs, what was open here, such as UpperInUse's folders.
+			time.Sleep(5 * time.Millisecond)
+			continue
+		}
+		if err != nil {
 			return fmt.Errorf("remove upper %s: %w", dir, err)
 		}
 	}

@@ -207,7 +207,7 @@ func (m *Manager) dropAside(ctx context.Context, a aside) error {
 // is looked at over that view, and copied; then what lies whole in the upper is
 // moved.
 func (m *Manager) takeOver(ctx context.Context, a aside) error {
-	if err := overlay.Reattach(ctx, a.dir); err != nil {
+	if err := errors.Join(m.endMerged(a), overlay.Reattach(ctx, a.dir)); err != nil { // of one that was killed
 		return err
 	}
 	upper := upperOf(a.dir)
@@ -242,17 +242,41 @@ func (m *Manager) absorbMerged(ctx context.Context, a aside, upper string) (err 
 		return err
 	}
 	at := a.dir + mergedSuffix
-	if err := m.unmount(at); err != nil { // of one that was killed
-		return err
-	}
 	if err := disk.MkdirAll(at, 0o700); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, m.unmount(at), removeEmpty(at)) }()
+	defer func() { err = errors.Join(err, m.endMerged(a)) }()
 	if err := (overlay.Mount{Target: at, View: viewDir, Blobs: m.store.BlobsDir(), Upper: upper, ReadOnly: true, Method: method}).Do(); err != nil {
 		return err
 	}
 	return m.absorbCache(ctx, at, false)
+}
+
+func (m *Manager) endMerged(a aside) error {
+	if err := m.unmount(a.dir + mergedSuffix); err != nil {
+		return err
+	}
+	return removeEmpty(a.dir + mergedSuffix)
+}
+
+// sweepAsides removes what a death while something was set aside has left.
+func (m *Manager) sweepAsides(ctx context.Context) error {
+	volumes, err := os.ReadDir(filepath.Join(m.state, uppersDir, absorbDir))
+	if err != nil {
+		return ignoreAbsent(err)
+	}
+	for _, v := range volumes {
+		unlock, err := m.lock(ctx, v.Name())
+		if err != nil {
+			return err
+		}
+		err = errors.Join(atomicfile.SweepDead(m.asideDir(v.Name())), removeEmpty(m.asideDir(v.Name())))
+		unlock()
+		if err != nil {
+			return fmt.Errorf("sweep what runs downloaded: %w", err)
+		}
+	}
+	return nil
 }
 
 // upperOf is the folder that took a mount's writes; see overlay.Upper.

@@ -214,7 +214,7 @@ func (m *Manager) Sweep(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	failed = multierror.Append(failed, m.sweepRuns(ctx, use), m.sweepTargets(ctx), m.sweepManual(ctx), m.sweepRemoving(ctx), m.sweepBoots(use))
+	failed = multierror.Append(failed, m.sweepRuns(ctx, use), m.sweepTargets(ctx), m.sweepManual(ctx), m.sweepRemoving(ctx), m.sweepAsides(ctx), m.sweepBoots(use))
 	for _, dir := range []string{".", "volumes", "uppers/volume", filepath.Join(viewsDir, m.viewsName())} {
 		failed = multierror.Append(failed, atomicfile.SweepDead(filepath.Join(m.state, dir)))
 	}
