@@ -40,7 +40,11 @@ func onLimits(t *testing.T, test func(t *testing.T, h *host, viewDir string, lim
 	t.Helper()
 	const size = 24 << 20
 	for _, c := range limits {
-		t.Run(fmt.Sprintf("%s %s %s %.1s", c.fstype, c.options, c.ask, c.mkfs), func(t *testing.T) {
+		name := fmt.Sprintf("%s %s %s", c.fstype, c.options, c.ask)
+		if c.want == Loop && c.mkfs == nil {
+			name += " without mkfs"
+		}
+		t.Run(name, func(t *testing.T) {
 			testenv.NeedPrograms(t, "mkfs.ext4")
 			defer func(names []string) { mkfsNames = names }(mkfsNames)
 			mkfsNames = c.mkfs

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+
+	"github.com/larder-project/larder/internal/disk"
 )
 
 // childDir is set in a process that Rerun started.
@@ -49,6 +51,9 @@ func Rerun(t *testing.T, dir, fault string) (killed bool) {
 // without the race detector, which takes longer to start than most of what is
 // killed. It has no name: nobody need remove it.
 var faulty = sync.OnceValues(func() (*os.File, error) {
+	if disk.FaultsEnabled && !raceDetector {
+		return os.Open("/proc/self/exe")
+	}
 	dir, err := os.MkdirTemp("", "larder-faults-")
 	if err != nil {
 		return nil, err
