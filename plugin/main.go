@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 	"time"
 
@@ -105,23 +106,27 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	puller := newPuller(ctx, st, cfg, log)
 	volumes, err := volume.Open(ctx, volume.Config{
 		Store: st, State: cfg.State, Mounts: os.Getenv("LARDER_MOUNTS"), Node: cfg.Node,
-		BootID: os.Getenv("LARDER_BOOT_ID"), Puller: puller, Log: log,
+		Puller: puller, Log: log,
 	})
 	if err != nil {
 		return err
 	}
 	d := &driver{ctx: ctx, volumes: volumes, log: log}
 	served := make(chan error, 1)
-	go func() { served <- dockervolume.NewHandler(d).Serve(listener) }()
+	go func() {
+		served <- dockervolume.NewHandler(d).Serve(&witness{Listener: listener, seen: volumes.EngineSeen})
+	}()
 	log.Info("listening", "socket", listener.Addr().String(), "store", cfg.Store, "state", cfg.State, "node", cfg.Node, "version", version)
+	if blind := volumes.Blind(); blind != "" {
+		log.Warn("until an engine calls that can be seen from here, mounts that were never unmounted stay; give the plugin the host's PID namespace", "reason", blind)
+	}
 	if err := volumes.Sweep(ctx); err != nil {
 		log.Warn("tidy up after an earlier run", "error", err)
 	}
-	reaped := make(chan struct{})
-	go func() {
-		defer close(reaped)
-		reap(ctx, volumes, log)
-	}()
+	var behind sync.WaitGroup
+	behind.Go(func() { keep(ctx, log, "look for forgotten mounts", nil, volumes.Reap) })
+	// It may be long at it, and nothing else waits.
+	behind.Go(func() { keep(ctx, log, "take over downloads", volumes.Ended(), volumes.Absorb) })
 	select {
 	case err := <-served:
 		return fmt.Errorf("serve %s: %w", listener.Addr(), err)
@@ -131,28 +136,34 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	// finished later, but an engine does not ask again.
 	_ = listener.Close()
 	d.wait(10 * time.Second)
-	<-reaped
+	behind.Wait()
 	log.Info("stopped; mounts stay as they are")
 	return nil
 }
 
-// reapEvery is how often forgotten mounts are looked for.
-const reapEvery = 20 * time.Second
+// lookEvery is how often forgotten mounts and downloads are looked for.
+const lookEvery = 20 * time.Second
 
-func reap(ctx context.Context, volumes *volume.Manager, log *slog.Logger) {
-	tick := time.NewTicker(reapEvery)
+// keep does some work at once, whenever it is called for, and every so often,
+// until the context ends. What goes wrong each time in the same way is told
+// once.
+func keep(ctx context.Context, log *slog.Logger, what string, called <-chan struct{}, work func(context.Context) error) {
+	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
+	told := ""
 	for {
-		if err := volumes.Absorb(ctx); err != nil && ctx.Err() == nil {
-			log.Warn("take over downloads", "error", err)
-		}
-		if err := volumes.Reap(ctx); err != nil && ctx.Err() == nil {
-			log.Warn("look for forgotten mounts", "error", err)
+		err := work(ctx)
+		switch {
+		case err == nil:
+			told = ""
+		case ctx.Err() == nil && err.Error() != told:
+			told = err.Error()
+			log.Warn(what, "error", err, "hint", hintOf(err))
 		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-volumes.Ended():
+		case <-called:
 		case <-tick.C:
 		}
 	}

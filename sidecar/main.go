@@ -125,7 +125,7 @@ func serve(ctx context.Context, cfg config.Config, grace time.Duration, log *slo
 		return err
 	}
 	defer listener.Close()
-	steady, err := clock.Open(cfg.State, os.Getenv("LARDER_BOOT_ID"))
+	steady, err := clock.Open(cfg.State, "")
 	if err != nil {
 		return err
 	}
@@ -135,7 +135,7 @@ func serve(ctx context.Context, cfg config.Config, grace time.Duration, log *slo
 	}
 	volumes, err := volume.Open(ctx, volume.Config{
 		Store: st, State: cfg.State, Mounts: os.Getenv("LARDER_MOUNTS"), Node: cfg.Node,
-		BootID: os.Getenv("LARDER_BOOT_ID"), Log: log,
+		Log: log,
 	})
 	if err != nil {
 		return err
@@ -147,7 +147,7 @@ func serve(ctx context.Context, cfg config.Config, grace time.Duration, log *slo
 	defer absent()
 
 	set := sources.Of(cfg, volumes)
-	collector := &gc.Collector{Store: st, Node: cfg.Node, Sources: set.Sources(), Now: steady.Now, Log: log}
+	collector := &gc.Collector{Store: st, Node: cfg.Node, Sources: set.Sources(), Views: volumes, Now: steady.Now, Log: log}
 	policy := newPolicyFile(cfg.Policy, cfg.From("policy") != "default", log)
 	metrics := newMetrics()
 	loop := cleanup.NewLoop(cleanup.Config{

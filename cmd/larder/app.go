@@ -153,7 +153,7 @@ func (a *app) volumes(ctx context.Context) (*volume.Manager, error) {
 		if err != nil {
 			return nil, err
 		}
-		m, err := volume.Open(ctx, volume.Config{Store: st, State: a.cfg.State, Node: a.cfg.Node, BootID: a.getenv("LARDER_BOOT_ID")})
+		m, err := volume.Open(ctx, volume.Config{Store: st, State: a.cfg.State, Node: a.cfg.Node})
 		if err != nil {
 			return nil, err
 		}
@@ -173,7 +173,7 @@ func (a *app) collector(ctx context.Context) (*gc.Collector, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &gc.Collector{Store: a.st, Node: a.vols.Node(), Sources: set.Sources(), Now: clk.Now}, nil
+	return &gc.Collector{Store: a.st, Node: a.vols.Node(), Sources: set.Sources(), Views: a.vols, Now: clk.Now}, nil
 }
 
 // sources are all that knows what is in use on this node.

@@ -154,9 +154,10 @@ func (u *inUse) models(versions []digest.Digest) []mountModel {
 }
 
 func (a *app) ps(ctx context.Context, u *inUse, all bool) error {
-	mounts, err := a.vols.Mounts(ctx)
-	if err != nil {
-		return err
+	// One damaged record costs its own line, and the exit code.
+	mounts, damaged := a.vols.Mounts(ctx)
+	if damaged != nil && len(mounts) == 0 {
+		return damaged
 	}
 	names := a.containers(ctx, mounts)
 	shown := map[string]bool{} // users that have a mount
@@ -182,7 +183,7 @@ func (a *app) ps(ctx context.Context, u *inUse, all bool) error {
 			list = append(list, liveMount{Models: u.models(who.Versions), Users: []mountUser{describeUser(who, h)}})
 		}
 	}
-	return a.printMounts(list)
+	return errors.Join(a.printMounts(list), damaged)
 }
 
 func keyOf(u usage.User) string {

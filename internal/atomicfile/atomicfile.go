@@ -82,8 +82,9 @@ func ignoreAbsent(err error) error {
 // IsTemp tells whether a file name is that of a write under way or cut short.
 func IsTemp(name string) bool { return strings.HasPrefix(name, TempPrefix) }
 
-// SweepDead removes what writers on this host left in dir whose process is no
-// more. It needs no lock, and leaves what it cannot tell.
+// SweepDead removes what writers on this host left in dir, files or whole
+// folders, whose process is no more: TempPrefix, its number, a dash, anything.
+// It needs no lock, and leaves what it cannot tell.
 func SweepDead(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -99,7 +100,7 @@ func SweepDead(dir string) error {
 		if err != nil || !errors.Is(unix.Kill(pid, 0), unix.ESRCH) {
 			continue
 		}
-		if err := ignoreAbsent(disk.Remove(filepath.Join(dir, e.Name()))); err != nil {
+		if err := disk.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
 			return err
 		}
 	}

@@ -470,6 +470,32 @@ func Mount(source, target, fstype string, flags uintptr, data string) error {
 	return nil
 }
 
+// MakeFileSystem makes an instance of a file system with these options (fsopen(2)),
+// mounts it nowhere, and lets go of it. Errors are the kernel's as they are;
+// ErrNotSupported where it cannot make one apart from a mount.
+func MakeFileSystem(fstype string, options [][2]string) error {
+	if err := step("fsopen", fstype); err != nil {
+		return err
+	}
+	fd, err := unix.Fsopen(fstype, unix.FSOPEN_CLOEXEC)
+	if errors.Is(err, unix.ENOSYS) {
+		return ErrNotSupported
+	}
+	if err != nil {
+		return fmt.Errorf("fsopen %s: %w", fstype, err)
+	}
+	defer unix.Close(fd)
+	for _, o := range options {
+		if err := unix.FsconfigSetString(fd, o[0], o[1]); err != nil {
+			return fmt.Errorf("fsconfig %s %s=%s: %w", fstype, o[0], o[1], err)
+		}
+	}
+	if err := unix.FsconfigCreate(fd); err != nil {
+		return fmt.Errorf("make %s: %w", fstype, err)
+	}
+	return nil
+}
+
 // Unmount calls umount2(2) without following a symbolic link. With detach the
 // mount leaves the tree at once and the kernel drops it when its last user
 // goes.

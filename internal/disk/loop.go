@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 )
@@ -13,10 +14,7 @@ import (
 // when its last user (the returned file, or a mount) goes; so does one that a
 // crash leaves behind. The caller closes the file after mounting its name.
 func AttachLoop(image *File) (*os.File, error) {
-	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("attach loop device: %w: load the kernel module loop (%w)", ErrNotSupported, err)
-	}
+	control, err := loopControl()
 	if err != nil {
 		return nil, err
 	}
@@ -31,7 +29,11 @@ func AttachLoop(image *File) (*os.File, error) {
 		if err != nil {
 			return nil, &fs.PathError{Op: "get free loop device", Path: image.Name(), Err: err}
 		}
-		dev, err := os.OpenFile(fmt.Sprintf("/dev/loop%d", n), os.O_RDWR, 0)
+		name := fmt.Sprintf("/dev/loop%d", n)
+		if err := deviceNode(name, unix.S_IFBLK, unix.Mkdev(loopMajor, uint32(n))); err != nil {
+			return nil, err
+		}
+		dev, err := os.OpenFile(name, os.O_RDWR, 0)
 		if err != nil {
 			return nil, err
 		}
@@ -45,6 +47,52 @@ func AttachLoop(image *File) (*os.File, error) {
 		}
 	}
 	return nil, &fs.PathError{Op: "attach loop device", Path: image.Name(), Err: unix.EBUSY}
+}
+
+// Numbers of devices (Documentation/admin-guide/devices.txt of Linux).
+const (
+	loopMajor        = 7
+	miscMajor        = 10
+	loopControlMinor = 237
+)
+
+func loopControl() (*os.File, error) {
+	const name = "/dev/loop-control"
+	if err := deviceNode(name, unix.S_IFCHR, unix.Mkdev(miscMajor, loopControlMinor)); err != nil {
+		return nil, fmt.Errorf("attach loop device: %w", err)
+	}
+	control, err := os.OpenFile(name, os.O_RDWR, 0)
+	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENXIO) {
+		return nil, fmt.Errorf("attach loop device: %w: load the kernel module loop (%w)", ErrNotSupported, err)
+	}
+	return control, err
+}
+
+// CheckLoop tells why no loop device can be had.
+func CheckLoop() error {
+	control, err := loopControl()
+	if err != nil {
+		return err
+	}
+	return control.Close()
+}
+
+// deviceNode makes the file of a device where it is missing: in the /dev of a
+// managed plugin there are but a few.
+func deviceNode(name string, kind uint32, device uint64) error {
+	if _, err := os.Lstat(name); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := step("mknod", name); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mknod(name, kind|0o600, int(device)); err != nil && !errors.Is(err, unix.EEXIST) {
+		return &fs.PathError{Op: "mknod", Path: name, Err: err}
+	}
+	return nil
 }
 
 func configureLoop(dev, image int) error {

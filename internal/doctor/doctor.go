@@ -41,8 +41,8 @@ const (
 
 // Finding is one thing that was examined.
 type Finding struct {
-	// Name is stable: user, kernel, store, state, views, reflink, quota, tmpfs,
-	// loop, space, plugin, engine, and usage.NAME for each source of use.
+	// Name is stable: user, pid, kernel, store, state, mounts, views, reflink,
+	// quota, tmpfs, loop, space, plugin, engine, and usage.NAME for each source of use.
 	Name    string  `json:"name"`
 	Verdict Verdict `json:"verdict"`
 	Found   string  `json:"found"`
@@ -137,7 +137,11 @@ func (d *doctor) state(ctx context.Context, st *store.Store) *volume.Manager {
 	volumes, err := volume.Open(ctx, volume.Config{Store: st, State: d.c.State, Node: d.c.Node})
 	if err != nil {
 		advice := "name another folder with --state, or put this one right"
-		if errors.Is(err, fs.ErrPermission) {
+		var hinted interface{ Hint() string }
+		switch {
+		case errors.As(err, &hinted):
+			advice = hinted.Hint()
+		case errors.Is(err, fs.ErrPermission):
 			advice = "run it as root, or name a folder of your own with --root"
 		}
 		d.find("state", Bad, advice, "%v", err)
@@ -149,6 +153,7 @@ func (d *doctor) state(ctx context.Context, st *store.Store) *volume.Manager {
 		d.find("state", Better, "put both on one XFS or btrfs, so that the first write into a large file costs nothing",
 			"%s%s: not on the store's file system", d.c.State, d.from("state"))
 	}
+	d.mounts(ctx, volumes)
 	caps, err := overlay.Probe(ctx, st.BlobsDir(), d.c.State)
 	if err != nil {
 		d.find("views", Bad, "without test mounts nothing can be said about this host; run it as root", "%v", err)
@@ -156,6 +161,26 @@ func (d *doctor) state(ctx context.Context, st *store.Store) *volume.Manager {
 	}
 	d.capabilities(caps)
 	return volumes
+}
+
+// mounts tells whether it is known what is mounted, and who uses it.
+func (d *doctor) mounts(ctx context.Context, vols *volume.Manager) {
+	if blind := vols.Blind(); blind != "" {
+		d.find("pid", Better, "run it in the host's PID namespace (docker run --pid=host, hostPID: true)", "%s; a mount that no engine has unmounted is never taken away", blind)
+	} else {
+		d.find("pid", Good, "", "the processes of all containers are seen")
+	}
+	mounts, err := vols.Mounts(ctx)
+	if err != nil {
+		advice := "larder ps tells more"
+		var hinted interface{ Hint() string }
+		if errors.As(err, &hinted) {
+			advice = hinted.Hint()
+		}
+		d.find("mounts", Bad, advice, "%v", err)
+		return
+	}
+	d.find("mounts", Good, "", "live mounts: %d", len(mounts))
 }
 
 func (d *doctor) capabilities(caps overlay.Capabilities) {

@@ -36,14 +36,85 @@ type Namespace struct {
 	Own    bool  // it is the caller's
 	PIDs   []int // processes in it, at least one
 	Mounts []*mountinfo.Info
+
+	parents map[int]*mountinfo.Info // by the number of a mount in Mounts
+}
+
+// Place names what a mount covers: the device of a file system and the path of
+// the folder in it. A copy of a mount in another namespace has the same place
+// whatever its mountpoint is called there; a mount on another folder has not.
+// It is empty where the kernel does not show what lies below the mount, as to
+// a process that has changed its root.
+func (n Namespace) Place(m *mountinfo.Info) string {
+	parent := n.parents[m.ID]
+	if parent == nil {
+		return ""
+	}
+	return place(parent, m.Mountpoint)
+}
+
+// place is that of a path on a mount.
+func place(on *mountinfo.Info, path string) string {
+	rest, ok := strings.CutPrefix(path, strings.TrimSuffix(on.Mountpoint, "/"))
+	if !ok || rest != "" && rest[0] != '/' {
+		return ""
+	}
+	return fmt.Sprintf("%d:%d:%s", on.Major, on.Minor, filepath.Join(on.Root, rest))
+}
+
+// PlaceOf is the place of a folder of the caller's own namespace, whether
+// something is mounted on it or not. shared tells that what is mounted there
+// appears in other namespaces too. It reads the caller's mount table.
+func PlaceOf(dir string) (at string, shared bool, err error) {
+	on, path, err := mountOf(dir)
+	if err != nil {
+		return "", false, fmt.Errorf("find the mount that holds %s: %w", dir, err)
+	}
+	return place(on, path), strings.Contains(" "+on.Optional, " shared:"), nil
+}
+
+// mountOf finds the mount that holds a folder, and the folder's real path. The
+// number of the mount comes from an open file: on paths, a mount can lie under
+// another.
+func mountOf(dir string) (*mountinfo.Info, string, error) {
+	f, err := os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, "", err
+	}
+	defer f.Close()
+	path, err := os.Readlink(fmt.Sprintf("%s/self/fd/%d", Proc, f.Fd()))
+	if err != nil {
+		return nil, "", err
+	}
+	info, err := os.ReadFile(fmt.Sprintf("%s/self/fdinfo/%d", Proc, f.Fd()))
+	if err != nil {
+		return nil, "", err
+	}
+	id := ""
+	for line := range strings.Lines(string(info)) {
+		if rest, ok := strings.CutPrefix(line, "mnt_id:"); ok {
+			id = strings.TrimSpace(rest)
+		}
+	}
+	table, err := os.ReadFile(filepath.Join(Proc, "thread-self/mountinfo"))
+	if err != nil {
+		return nil, "", err
+	}
+	found, err := parse(table, func(line []byte) bool { return string(field(line)) == id })
+	if err != nil {
+		return nil, "", err
+	}
+	if len(found) != 1 {
+		return nil, "", fmt.Errorf("mount %q is not in the table", id)
+	}
+	return found[0], path, nil
 }
 
 // Query says what to look for.
 type Query struct {
-	Proc    string // empty: Proc
-	SkipOwn bool   // pass over the caller's own namespace, whose table can be long
-	// Contains is a text that the table of a namespace must contain to be
-	// parsed at all: most show none of the wanted mounts.
+	Proc string // empty: Proc
+	// Contains is a text that the line of a wanted mount contains. Lines
+	// without it, which are most, are not parsed.
 	Contains string
 	// Want picks mounts. It may be called from a table that turns out to be
 	// that of a process which has ended.
@@ -70,19 +141,10 @@ func Read(ctx context.Context, q Query) ([]Namespace, error) {
 }
 
 func read(ctx context.Context, q Query) ([]Namespace, error) {
-	s := scan{q: q, spaces: make(map[string]*namespace)}
+	s := scan{q: q, spaces: make(map[string]*namespace), firsts: make(map[string]bool)}
 	own, err := os.Readlink(filepath.Join(q.Proc, "thread-self/ns/mnt"))
 	if err != nil {
 		return nil, fmt.Errorf("%w; is /proc mounted?", err)
-	}
-	if q.SkipOwn {
-		// It is known without reading it. Its first mount tells it from
-		// others where the names of namespaces are hidden.
-		ns := &namespace{whole: true, skip: true}
-		s.spaces[own] = ns
-		if s.ownFirst, err = firstMount(filepath.Join(q.Proc, "thread-self")); err != nil {
-			return nil, err
-		}
 	}
 	pids, err := Processes(q.Proc)
 	if err != nil {
@@ -103,25 +165,33 @@ type scan struct {
 	q         Query
 	spaces    map[string]*namespace // by the text of the link in /proc
 	strangers []*namespace          // of processes whose link cannot be read
-	ownFirst  string
+	firsts    map[string]bool       // first mounts of those
 }
 
 // namespace is what was seen of one. A mount's number is its own in all the
 // kernel: the same mount seen from another namespace would have another.
 type namespace struct {
-	pids   []int
-	mounts map[int]*mountinfo.Info
+	pids    []int
+	mounts  map[int]*mountinfo.Info
+	parents map[int]*mountinfo.Info // by the number of the mount that lies on it
 	// whole: the mounts were read through a process that sees all of them. A
 	// process that has changed its root sees only those below it.
 	whole bool
-	skip  bool // the caller's own, which is not wanted
 }
 
 // process notes the namespaces of a process. Its threads are asked one by one:
 // a thread may have a mount namespace of its own, and engines written in Go
 // make use of that.
 func (s *scan) process(pid int) error {
-	tasks := filepath.Join(s.q.Proc, strconv.Itoa(pid), "task")
+	dir := filepath.Join(s.q.Proc, strconv.Itoa(pid))
+	tasks := filepath.Join(dir, "task")
+	var st unix.Stat_t
+	if err := unix.Stat(tasks, &st); err != nil {
+		return ignoreGone(err)
+	}
+	if st.Nlink == 2+1 { // it has one thread, as most have
+		return s.task(dir, pid)
+	}
 	d, err := os.Open(tasks)
 	if err != nil {
 		return ignoreGone(err)
@@ -149,7 +219,7 @@ func (s *scan) task(task string, pid int) error {
 	}
 	ns := s.spaces[link]
 	if ns == nil {
-		ns = &namespace{mounts: make(map[int]*mountinfo.Info)}
+		ns = &namespace{mounts: make(map[int]*mountinfo.Info), parents: make(map[int]*mountinfo.Info)}
 		s.spaces[link] = ns
 	}
 	if n := len(ns.pids); n == 0 || ns.pids[n-1] != pid {
@@ -159,8 +229,8 @@ func (s *scan) task(task string, pid int) error {
 		return nil
 	}
 	root, _ := os.Readlink(filepath.Join(task, "root"))
-	mounts, ok, err := s.table(task)
-	if err != nil || !ok {
+	seen, err := s.table(task)
+	if err != nil || seen == nil {
 		// The next process of this namespace is asked. If there is none, the
 		// namespace has ended.
 		return err
@@ -170,7 +240,8 @@ func (s *scan) task(task string, pid int) error {
 	if now, err := os.Readlink(filepath.Join(task, "ns/mnt")); err != nil || now != link {
 		return nil
 	}
-	maps.Copy(ns.mounts, mounts)
+	maps.Copy(ns.mounts, seen.mounts)
+	maps.Copy(ns.parents, seen.parents)
 	ns.whole = root == "/"
 	return nil
 }
@@ -178,17 +249,17 @@ func (s *scan) task(task string, pid int) error {
 // stranger notes a task whose namespace is hidden: without CAP_SYS_PTRACE, or
 // where a security module says no. Its mounts can be read all the same.
 func (s *scan) stranger(task string, pid int) error {
-	if s.ownFirst != "" {
-		first, err := firstMount(task)
-		if err != nil || first == "" || first == s.ownFirst {
-			return err
-		}
-	}
-	mounts, ok, err := s.table(task)
-	if err != nil || !ok {
+	first, err := firstMount(task)
+	if err != nil || first == "" || s.firsts[first] {
 		return err
 	}
-	s.strangers = append(s.strangers, &namespace{pids: []int{pid}, mounts: mounts})
+	seen, err := s.table(task)
+	if err != nil || seen == nil {
+		return err
+	}
+	seen.pids = []int{pid}
+	s.strangers = append(s.strangers, seen)
+	s.firsts[first] = true
 	return nil
 }
 
@@ -213,39 +284,74 @@ func firstMount(task string) (string, error) {
 	return string(id), nil
 }
 
-// table gives the wanted mounts that a task sees. ok is false where the task
-// has ended.
-func (s *scan) table(task string) (mounts map[int]*mountinfo.Info, ok bool, err error) {
+// table gives the wanted mounts that a task sees, and what they lie on. It is
+// nil where the task has ended.
+func (s *scan) table(task string) (*namespace, error) {
 	text, err := os.ReadFile(filepath.Join(task, "mountinfo"))
 	if err != nil {
-		return nil, false, ignoreGone(err)
+		return nil, ignoreGone(err)
 	}
 	if len(text) == 0 {
-		return nil, false, nil
+		return nil, nil
 	}
-	mounts = make(map[int]*mountinfo.Info)
-	if s.q.Contains != "" && !bytes.Contains(text, []byte(s.q.Contains)) {
-		return mounts, true, nil
+	out := &namespace{mounts: make(map[int]*mountinfo.Info), parents: make(map[int]*mountinfo.Info)}
+	if !bytes.Contains(text, []byte(s.q.Contains)) {
+		return out, nil
 	}
-	infos, err := mountinfo.GetMountsFromReader(bytes.NewReader(text), func(i *mountinfo.Info) (skip, stop bool) {
-		return !s.q.Want(i), false
-	})
+	found, err := parse(text, func(line []byte) bool { return bytes.Contains(line, []byte(s.q.Contains)) })
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
-	for _, i := range infos {
-		mounts[i.ID] = i
+	below := make(map[string]*mountinfo.Info)
+	for _, m := range found {
+		if s.q.Want(m) {
+			out.mounts[m.ID] = m
+			below[strconv.Itoa(m.Parent)] = nil
+		}
 	}
-	return mounts, true, nil
+	if len(below) == 0 {
+		return out, nil
+	}
+	found, err = parse(text, func(line []byte) bool { _, ok := below[string(field(line))]; return ok })
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range found {
+		below[strconv.Itoa(m.ID)] = m
+	}
+	for id, m := range out.mounts {
+		if parent := below[strconv.Itoa(m.Parent)]; parent != nil {
+			out.parents[id] = parent
+		}
+	}
+	return out, nil
+}
+
+// parse reads the lines of a mount table that are wanted: to read all of some
+// thousand is slow.
+func parse(table []byte, want func(line []byte) bool) ([]*mountinfo.Info, error) {
+	var lines []byte
+	for line := range bytes.Lines(table) {
+		if want(line) {
+			lines = append(lines, line...)
+		}
+	}
+	return mountinfo.GetMountsFromReader(bytes.NewReader(lines), nil)
+}
+
+// field is the first one of a line: the number of the mount.
+func field(line []byte) []byte {
+	id, _, _ := bytes.Cut(line, []byte(" "))
+	return id
 }
 
 func (s *scan) result(own string) ([]Namespace, error) {
 	var out []Namespace
 	report := func(id uint64, own bool, ns *namespace) {
-		if len(ns.mounts) == 0 || ns.skip {
+		if len(ns.mounts) == 0 {
 			return
 		}
-		n := Namespace{ID: id, Own: own, PIDs: ns.pids}
+		n := Namespace{ID: id, Own: own, PIDs: ns.pids, parents: ns.parents}
 		for _, k := range slices.Sorted(maps.Keys(ns.mounts)) {
 			n.Mounts = append(n.Mounts, ns.mounts[k])
 		}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -109,14 +110,11 @@ func TestReadFindsCopiesInOtherNamespaces(t *testing.T) {
 		t.Errorf("the only namespace of the second is %+v", u)
 	}
 
-	spacesOne, err = Read(t.Context(), Query{Want: bySource(nameOne), SkipOwn: true})
-	if err != nil {
-		t.Fatal(err)
+	theirs := slices.DeleteFunc(spacesOne, func(ns Namespace) bool { return ns.Own })
+	if len(theirs) != 1 {
+		t.Fatalf("besides our own: %+v", simple(theirs))
 	}
-	if len(spacesOne) != 1 || spacesOne[0].Own {
-		t.Fatalf("without our own: %+v", simple(spacesOne))
-	}
-	u := simple(spacesOne)[0]
+	u := simple(theirs)[0]
 	if !slices.Contains(u.PIDs, a.Process.Pid) || len(u.PIDs) < 2 || slices.Contains(u.PIDs, os.Getpid()) {
 		t.Errorf("processes %v, want %d and its child", u.PIDs, a.Process.Pid)
 	}
@@ -164,10 +162,18 @@ func waitFor(t *testing.T, ok func() bool) {
 	t.Fatal("waited in vain")
 }
 
+var leader = regexp.MustCompile(`^(\d+)/task/(\d+)/(.*)$`)
+
 // fakeProc makes a folder that looks like /proc.
 func fakeProc(t *testing.T, files map[string]string) string {
 	t.Helper()
 	dir := t.TempDir()
+	for name, content := range files {
+		// A thread of the process's own number is the process itself.
+		if m := leader.FindStringSubmatch(name); m != nil && m[1] == m[2] {
+			files[m[1]+"/"+m[3]] = content
+		}
+	}
 	for name, content := range files {
 		path := filepath.Join(dir, name)
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -196,41 +202,41 @@ func TestReadAsksOneProcessOfEachNamespace(t *testing.T) {
 	t.Parallel()
 	line := strings.ReplaceAll(mountLine, "%s", `/with\040space`)
 	proc := fakeProc(t, map[string]string{
-		"thread-self/ns/mnt":    "->mnt:[1]",
-		"thread-self/mountinfo": "1 0 0:1 / / rw - ext4 x rw\n",
-		"1/task/1/ns/mnt":       "->mnt:[1]",
-		"1/task/1/mountinfo":    line,
-		"7/task/7/ns/mnt":       "->mnt:[2]", // its table is gone: it has ended
-		"8/task/8/ns/mnt":       "->mnt:[2]",
-		"8/task/8/mountinfo":    line,
-		"9/task/9/ns/mnt":       "->mnt:[1]",
-		"9/task/10/ns/mnt":      "->mnt:[3]", // a thread in a namespace of its own
-		"9/task/10/mountinfo":   line,
-		"13/task/13/ns/mnt":     "->mnt:[4]", // has changed its root, and sees little
-		"13/task/13/root":       "->/var/empty",
-		"13/task/13/mountinfo":  "40 35 0:1 / / rw - ext4 x rw\n",
-		"14/task/14/ns/mnt":     "->mnt:[4]",
-		"14/task/14/root":       "->/",
-		"14/task/14/mountinfo":  line,
-		"15/task/15/ns/mnt":     "->mnt:[4]", // is not asked: all is known
-		"15/task/15/mountinfo":  "not a mount table",
-		"16/task/16/ns/mnt":     "->mnt:[5]", // shows nothing that is wanted
-		"16/task/16/root":       "->/",
-		"16/task/16/mountinfo":  "50 35 0:1 / / rw - ext4 x rw\n",
-		"11/task/11/comm":       "a zombie has no namespace",
-		"12/comm":               "has ended altogether",
-		"uptime":                "1",
+		"thread-self/ns/mnt":   "->mnt:[1]",
+		"1/task/1/ns/mnt":      "->mnt:[1]",
+		"1/task/1/root":        "->/",
+		"1/task/1/mountinfo":   line,
+		"7/task/7/ns/mnt":      "->mnt:[2]", // its table is gone: it has ended
+		"8/task/8/ns/mnt":      "->mnt:[2]",
+		"8/task/8/mountinfo":   line,
+		"9/task/9/ns/mnt":      "->mnt:[1]",
+		"9/task/10/ns/mnt":     "->mnt:[3]", // a thread in a namespace of its own
+		"9/task/10/mountinfo":  line,
+		"13/task/13/ns/mnt":    "->mnt:[4]", // has changed its root, and sees little
+		"13/task/13/root":      "->/var/empty",
+		"13/task/13/mountinfo": "40 35 0:1 / / rw - ext4 x rw\n",
+		"14/task/14/ns/mnt":    "->mnt:[4]",
+		"14/task/14/root":      "->/",
+		"14/task/14/mountinfo": line,
+		"15/task/15/ns/mnt":    "->mnt:[4]", // is not asked: all is known
+		"15/task/15/mountinfo": "not a mount table",
+		"16/task/16/ns/mnt":    "->mnt:[5]", // shows nothing that is wanted
+		"16/task/16/root":      "->/",
+		"16/task/16/mountinfo": "50 35 0:1 / / rw - ext4 x rw\n",
+		"11/task/11/comm":      "a zombie has no namespace",
+		"12/comm":              "has ended altogether",
+		"uptime":               "1",
 	})
-	got, err := Read(t.Context(), Query{Proc: proc, SkipOwn: true, Want: byDevice(77)})
+	got, err := Read(t.Context(), Query{Proc: proc, Want: byDevice(77)})
 	if err != nil {
 		t.Fatal(err)
 	}
 	points := []string{"/with space"}
-	want := []shown{{2, []int{7, 8}, points}, {3, []int{9}, points}, {4, []int{13, 14, 15}, points}}
+	want := []shown{{1, []int{1, 9}, points}, {2, []int{7, 8}, points}, {3, []int{9}, points}, {4, []int{13, 14, 15}, points}}
 	if d := cmp.Diff(want, simple(got)); d != "" {
 		t.Errorf("namespaces (-want +got):\n%s", d)
 	}
-	if got, err := Read(t.Context(), Query{Proc: proc, SkipOwn: true, Want: byDevice(77), Contains: "no such text"}); err != nil || len(got) > 0 {
+	if got, err := Read(t.Context(), Query{Proc: proc, Want: byDevice(77), Contains: "no such text"}); err != nil || len(got) > 0 {
 		t.Errorf("tables without the text that all wanted ones have: %+v, %v", simple(got), err)
 	}
 }
@@ -251,7 +257,7 @@ func TestAnUnreadableProcIsAnError(t *testing.T) {
 	if _, err := Read(t.Context(), Query{Proc: filepath.Join(t.TempDir(), "absent"), Want: byDevice(77)}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("absent: %v", err)
 	}
-	if _, err := Read(t.Context(), Query{Proc: fakeProc(t, map[string]string{"1/comm": "x"}), SkipOwn: true, Want: byDevice(77)}); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := Read(t.Context(), Query{Proc: fakeProc(t, map[string]string{"1/comm": "x"}), Want: byDevice(77)}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("own namespace not known: %v", err)
 	}
 }
@@ -303,12 +309,67 @@ func TestReadPrinted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	others, err := Read(t.Context(), Query{Want: bySource(name), SkipOwn: true})
-	if err != nil {
-		t.Fatal(err)
-	}
+	others := slices.DeleteFunc(slices.Clone(all), func(ns Namespace) bool { return ns.Own })
 	fmt.Printf("all: %d\nothers: %d\n%+v\n", len(all), len(others), simple(all))
 	if os.Getenv("LARDER_TEST_SOURCE") == "" && len(all) != 0 {
 		t.Error("mounts that nobody made were found")
+	}
+}
+
+// The place of a mount is what it covers, by whatever name: copies of one have
+// the same, and a bind of the same file system elsewhere has another.
+func TestPlaceIsWhatAMountCovers(t *testing.T) {
+	dir, name := tmpfs(t)
+	bind, tree := t.TempDir(), t.TempDir()
+	elsewhere(t, fmt.Sprintf("mount --rbind %[3]s %[4]s; mount --bind %[1]s %[2]s; sleep 1000; :", dir, bind, filepath.Dir(dir), tree))
+	at, _, err := PlaceOf(filepath.Dir(dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	at += "/" + filepath.Base(dir)
+	var got []string
+	waitFor(t, func() bool {
+		spaces, err := Read(t.Context(), Query{Want: bySource(name)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = nil
+		for _, ns := range spaces {
+			for _, m := range ns.Mounts {
+				if !ns.Own {
+					got = append(got, fmt.Sprint(m.Mountpoint, " ", ns.Place(m) == at))
+				} else if ns.Place(m) != at {
+					t.Errorf("our own mount at %s has the place %q, want %q", m.Mountpoint, ns.Place(m), at)
+				}
+			}
+		}
+		return len(got) == 3
+	})
+	want := []string{dir + " true", bind + " false", filepath.Join(tree, filepath.Base(dir)) + " true"}
+	slices.Sort(want)
+	slices.Sort(got)
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("is it a copy (-want +got):\n%s", d)
+	}
+}
+
+func TestPlaceOfAFolderThatIsMountedOn(t *testing.T) {
+	dir, _ := tmpfs(t)
+	if err := os.Mkdir(filepath.Join(dir, "sub"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	at, shared, err := PlaceOf(filepath.Join(dir, "sub"))
+	if want := fmt.Sprintf("%d:%d:/sub", unix.Major(st.Dev), unix.Minor(st.Dev)); at != want || err != nil || shared {
+		t.Errorf("got %q, shared %v, %v; want %q", at, shared, err, want)
+	}
+	if err := unix.Mount("", dir, "", unix.MS_SHARED, ""); err != nil {
+		t.Fatal(err)
+	}
+	if _, shared, err := PlaceOf(dir); err != nil || !shared {
+		t.Errorf("shared: %v, %v", shared, err)
 	}
 }

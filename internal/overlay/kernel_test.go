@@ -13,7 +13,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/larder-project/larder/internal/disk"
 	"github.com/larder-project/larder/internal/testenv"
 )
 
@@ -47,7 +46,7 @@ func TestUnderAnOlderKernel(t *testing.T) {
 	testenv.NeedPrograms(t, "linux.uml", "go")
 	// Built anew without the race detector, whose memory does not fit in there.
 	self := filepath.Join(t.TempDir(), "overlay.test")
-	build := exec.CommandContext(t.Context(), "go", "test", "-c", fmt.Sprintf("-tags=%s", tags()), "-o", self, ".")
+	build := exec.CommandContext(t.Context(), "go", "test", "-c", "-tags=faults", "-o", self, ".")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
 	if text, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %v\n%s", build.Args, err, text)
@@ -78,14 +77,6 @@ func TestUnderAnOlderKernel(t *testing.T) {
 			t.Errorf("under the older kernel %s did not run", name)
 		}
 	}
-}
-
-// tags builds the tests with faults where these were.
-func tags() string {
-	if disk.FaultsEnabled {
-		return "faults"
-	}
-	return ""
 }
 
 // firstProcess sets up what tests need, runs them, and stops the machine.

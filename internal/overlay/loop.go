@@ -49,14 +49,22 @@ func mountImage(ctx context.Context, dir string, bytes int64) (string, error) {
 	return inside, nil
 }
 
+// Reattach mounts the inside of an upper that a reboot has unmounted, as far as
+// it outlives one: a loop image.
+func Reattach(ctx context.Context, dir string) error {
+	if _, err := os.Lstat(filepath.Join(dir, imageName)); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if _, err := mountImage(ctx, dir, 0); err != nil {
+		return fmt.Errorf("mount upper %s: %w", dir, err)
+	}
+	return nil
+}
+
 // makeImage makes a sparse file with an empty ext4 in it. The image is made
 // durable before it gets its name: a torn one could not be told from one that
 // a container's files are in.
 func makeImage(ctx context.Context, image string, size int64) error {
-	mkfs, err := findMkfs()
-	if err != nil {
-		return err
-	}
 	temp := filepath.Join(filepath.Dir(image), atomicfile.TempPrefix+imageName)
 	if err := disk.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -69,13 +77,13 @@ func makeImage(ctx context.Context, image string, size int64) error {
 	if err := f.Truncate(size); err != nil {
 		return err
 	}
-	// No blocks are kept for root: overlay writes as root for every container.
-	// root_owner and lost+found do not matter, as upper and work lie below.
-	cmd := exec.CommandContext(ctx, mkfs, "-q", "-F", "-m", "0", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard", temp)
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("%s of %s: %w: %s", mkfs, temp, err, bytes.TrimSpace(out.Bytes()))
+	if mkfs := findMkfs(); mkfs != "" {
+		err = runMkfs(ctx, mkfs, temp)
+	} else {
+		err = formatExt4(f, size)
+	}
+	if err != nil {
+		return err
 	}
 	if err := f.Sync(); err != nil {
 		return err
@@ -86,13 +94,36 @@ func makeImage(ctx context.Context, image string, size int64) error {
 	return disk.SyncDir(filepath.Dir(image))
 }
 
-// findMkfs looks where the program is, too: services often run with a PATH
-// that lacks the sbin folders.
-func findMkfs() (string, error) {
-	for _, name := range []string{"mkfs.ext4", "/usr/sbin/mkfs.ext4", "/sbin/mkfs.ext4"} {
+func runMkfs(ctx context.Context, mkfs, image string) error {
+	// No blocks are kept for root: overlay writes as root for every container.
+	// root_owner and lost+found do not matter, as upper and work lie below.
+	cmd := exec.CommandContext(ctx, mkfs, "-q", "-F", "-m", "0", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard", image)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("%s of %s: %w: %s", mkfs, image, err, bytes.TrimSpace(out.Bytes()))
+	}
+	return nil
+}
+
+// checkLoop tells why this host has no loop images.
+func checkLoop() error {
+	if err := disk.CheckLoop(); err != nil {
+		return fmt.Errorf("%w: the file system below has no project quotas (`larder doctor` says how to get them), and a loop image cannot be had: %w", ErrLimit, err)
+	}
+	return nil
+}
+
+// mkfsNames also says where the program is: services often run with a PATH that
+// lacks the sbin folders.
+var mkfsNames = []string{"mkfs.ext4", "/usr/sbin/mkfs.ext4", "/sbin/mkfs.ext4"}
+
+// findMkfs gives the host's mkfs.ext4, or nothing where it has none.
+func findMkfs() string {
+	for _, name := range mkfsNames {
 		if path, err := exec.LookPath(name); err == nil {
-			return path, nil
+			return path
 		}
 	}
-	return "", fmt.Errorf("%w: a loop image needs mkfs.ext4, which is not there; install e2fsprogs", ErrLimit)
+	return ""
 }

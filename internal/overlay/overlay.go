@@ -39,7 +39,7 @@ type Mount struct {
 	View   string // as built by view.Build
 	Blobs  string // the store's folder of blobs, the parent of sha256/
 	// Upper and Work take what is written; both on one file system, as
-	// NewUpper makes them. They are not used when ReadOnly.
+	// NewUpper makes them. When ReadOnly, an upper is shown and takes nothing.
 	Upper, Work string
 	ReadOnly    bool
 	Method      view.Method // that the view was built with
@@ -64,17 +64,21 @@ func (m Mount) Options() (string, error) {
 		}
 	}
 	var b strings.Builder
+	b.WriteString("lowerdir=")
+	if m.ReadOnly && m.Upper != "" {
+		b.WriteString(escapeLower(m.Upper) + ":")
+	}
+	b.WriteString(escapeLower(m.View))
 	switch {
 	case m.Method == view.DataOnly:
-		fmt.Fprintf(&b, "lowerdir=%s::%s", escapeLower(m.View), escapeLower(m.Blobs))
+		b.WriteString("::" + escapeLower(m.Blobs))
 	case m.Method == view.Lower:
-		fmt.Fprintf(&b, "lowerdir=%s:%s", escapeLower(m.View), escapeLower(m.Blobs))
-	case m.Method == view.HardLink && m.ReadOnly:
+		b.WriteString(":" + escapeLower(m.Blobs))
+	case m.Method == view.HardLink && m.ReadOnly && m.Upper == "":
 		// Without an upper the kernel wants two layers. The empty folder that
 		// is about to be covered serves as the second.
-		fmt.Fprintf(&b, "lowerdir=%s:%s", escapeLower(m.View), escapeLower(m.Target))
+		b.WriteString(":" + escapeLower(m.Target))
 	case m.Method == view.HardLink:
-		fmt.Fprintf(&b, "lowerdir=%s", escapeLower(m.View))
 	default:
 		return "", fmt.Errorf("mount view %s: method %q is not known", m.View, m.Method)
 	}
@@ -102,7 +106,7 @@ func (m Mount) Do() error {
 	if err != nil {
 		return err
 	}
-	if m.Method == view.HardLink && m.ReadOnly {
+	if m.Method == view.HardLink && m.ReadOnly && m.Upper == "" {
 		if err := checkEmpty(m.Target); err != nil {
 			return fmt.Errorf("mount view: %w", err)
 		}

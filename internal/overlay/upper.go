@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -135,6 +136,18 @@ func (l Limit) check() error {
 	return nil
 }
 
+// CheckLimit refuses a limit that no upper below dir could have on this host.
+func CheckLimit(dir string, limit Limit) error {
+	if err := limit.check(); err != nil {
+		return err
+	}
+	backend, err := chooseBackend(dir, limit)
+	if err == nil && backend == Loop {
+		err = checkLoop()
+	}
+	return err
+}
+
 func tooSmallForLoop(n int64) error {
 	return fmt.Errorf("%w: a size of %d bytes is too small for a loop image, the least is 16 MiB; the file system below has no project quotas (`larder doctor` says how to get them)", ErrLimit, n)
 }
@@ -208,7 +221,7 @@ func RemoveUpper(dir string) error {
 		return nil
 	}
 	inside := filepath.Join(dir, fsName)
-	for {
+	for tries := 0; ; {
 		mounted, err := IsMounted(inside)
 		if err != nil {
 			return fmt.Errorf("remove upper %s: %w", dir, err)
@@ -216,7 +229,14 @@ func RemoveUpper(dir string) error {
 		if !mounted {
 			break
 		}
-		if err := Unmount(inside); err != nil {
+		err = Unmount(inside)
+		if tries++; errors.Is(err, ErrBusy) && tries < 20 {
+			// A process that this one is starting has, until its program
+			// runs, what was open here, such as UpperInUse's folders.
+			time.Sleep(5 * time.Millisecond)
+			continue
+		}
+		if err != nil {
 			return fmt.Errorf("remove upper %s: %w", dir, err)
 		}
 	}

@@ -5,12 +5,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/larder-project/larder/internal/atomicfile"
 	"github.com/larder-project/larder/internal/disk"
 	"github.com/larder-project/larder/internal/testenv"
 	"github.com/larder-project/larder/internal/view"
@@ -23,21 +25,29 @@ var limits = []struct {
 	options []string
 	ask     Backend
 	want    Backend
+	mkfs    []string // where mkfs.ext4 is
 }{
-	{"ext4", []string{"prjquota"}, Auto, Quota},
-	{"xfs", []string{"prjquota"}, Auto, Quota},
-	{"ext4", nil, Auto, Loop},
-	{"xfs", nil, Auto, Loop},
-	{"btrfs", nil, Auto, Loop},
-	{"ext4", nil, Tmpfs, Tmpfs},
+	{"ext4", []string{"prjquota"}, Auto, Quota, nil},
+	{"xfs", []string{"prjquota"}, Auto, Quota, nil},
+	{"ext4", nil, Auto, Loop, mkfsNames},
+	{"ext4", nil, Auto, Loop, nil},
+	{"xfs", nil, Auto, Loop, mkfsNames},
+	{"btrfs", nil, Auto, Loop, nil},
+	{"ext4", nil, Tmpfs, Tmpfs, nil},
 }
 
 func onLimits(t *testing.T, test func(t *testing.T, h *host, viewDir string, limit Limit)) {
 	t.Helper()
 	const size = 24 << 20
 	for _, c := range limits {
-		t.Run(fmt.Sprintf("%s %s %s", c.fstype, c.options, c.ask), func(t *testing.T) {
+		name := fmt.Sprintf("%s %s %s", c.fstype, c.options, c.ask)
+		if c.want == Loop && c.mkfs == nil {
+			name += " without mkfs"
+		}
+		t.Run(name, func(t *testing.T) {
 			testenv.NeedPrograms(t, "mkfs.ext4")
+			defer func(names []string) { mkfsNames = names }(mkfsNames)
+			mkfsNames = c.mkfs
 			h := newHost(t, testenv.LoopFS(t, c.fstype, 400<<20, c.options...).Dir)
 			m := h.model(map[string][]byte{"big": random(t, 40<<20), "small": []byte("small")})
 			dir := h.view(view.Spec{Models: []view.Model{m}}, methods(t)[0])
@@ -377,4 +387,53 @@ func nest(t *testing.T, dir string, depth int) {
 		fd = next
 	}
 	_ = unix.Close(fd)
+}
+
+// An overlay that no mount table of this namespace shows keeps its upper in
+// use: one that an open file holds after it was unmounted lazily stands for all
+// that cannot be seen.
+func TestUpperInUseIsWhatTheKernelSays(t *testing.T) {
+	onLimits(t, func(t *testing.T, h *host, dir string, limit Limit) {
+		m, u := h.mount(dir, methods(t)[0], limit)
+		want := func(want bool, when string) {
+			t.Helper()
+			if got, err := UpperInUse(u.Dir); got != want || err != nil {
+				t.Errorf("%s: got %v, %v; want %v", when, got, err, want)
+			}
+		}
+		want(true, "mounted")
+		name := filepath.Join(m.Target, "kept")
+		if err := os.WriteFile(name, []byte("x"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.Open(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Unmount(m.Target, unix.MNT_DETACH); err != nil {
+			t.Fatal(err)
+		}
+		want(true, "held by an open file")
+		f.Close()
+		want(false, "nowhere mounted")
+		for _, left := range []string{filepath.Join(u.Work, "index"), filepath.Join(filepath.Dir(u.Work), probeName)} {
+			if _, err := os.Lstat(left); err == nil {
+				t.Errorf("it left %s", left)
+			}
+		}
+		if got := names(t, filepath.Dir(u.Dir)); slices.ContainsFunc(got, atomicfile.IsTemp) {
+			t.Errorf("it left something beside the upper: %v", got)
+		}
+		h.do(m)
+		if got := string(read(t, name)); got != "x" {
+			t.Errorf("mounted again it has %q", got)
+		}
+		if err := Unmount(m.Target); err != nil {
+			t.Fatal(err)
+		}
+		if err := RemoveUpper(u.Dir); err != nil {
+			t.Fatal(err)
+		}
+		want(false, "removed")
+	})
 }

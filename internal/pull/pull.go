@@ -48,6 +48,7 @@ type Options struct {
 	Jobs     int      // connections at once; 0 means DefaultJobs
 	Progress Progress // may be nil
 	Move     bool     // take files of a local source over and remove them there
+	New      bool     // take no name away from another version: store.ErrTaken instead
 }
 
 // Result tells what a pull has done.
@@ -114,7 +115,11 @@ func Run(ctx context.Context, st *store.Store, src source.Source, o Options) (re
 		return Result{}, about(snap, err)
 	}
 	if !res.Unchanged {
-		if res.Version, err = st.Publish(ctx, lease, res.Model, snap.References); err != nil {
+		publish := st.Publish
+		if o.New {
+			publish = st.PublishNew
+		}
+		if res.Version, err = publish(ctx, lease, res.Model, snap.References); err != nil {
 			return Result{}, about(snap, err)
 		}
 	}

@@ -169,6 +169,20 @@ func versionsOf(index v1.Index) []Version {
 // reference that named another version moves; a version that would lose its
 // last reference by this keeps one by its commit or digest.
 func (s *Store) Publish(ctx context.Context, lease *Lease, m modelpack.Model, refs []reference.Reference) (Version, error) {
+	return s.publish(ctx, lease, m, refs, false)
+}
+
+// ErrTaken is returned where a name means another version already.
+var ErrTaken = errors.New("the name is taken")
+
+// PublishNew is Publish for content that is not known to be what its names
+// say: where one of refs means another version, nothing is published, and the
+// error is ErrTaken.
+func (s *Store) PublishNew(ctx context.Context, lease *Lease, m modelpack.Model, refs []reference.Reference) (Version, error) {
+	return s.publish(ctx, lease, m, refs, true)
+}
+
+func (s *Store) publish(ctx context.Context, lease *Lease, m modelpack.Model, refs []reference.Reference, onlyNew bool) (Version, error) {
 	manifest, config, err := modelpack.Build(m)
 	if err != nil {
 		return Version{}, fmt.Errorf("publish: %w", err)
@@ -214,7 +228,7 @@ func (s *Store) Publish(ctx context.Context, lease *Lease, m modelpack.Model, re
 		Digest:       digest.FromBytes(manifest),
 		Size:         int64(len(manifest)),
 	}
-	return s.setReferences(ctx, desc, m.Source, m.Revision, refs)
+	return s.setReferences(ctx, desc, m.Source, m.Revision, refs, onlyNew)
 }
 
 // Tag gives a version that is in the store more references.
@@ -231,7 +245,7 @@ func (s *Store) Tag(ctx context.Context, version digest.Digest, refs ...referenc
 		return Version{}, fmt.Errorf("tag: %w", err)
 	}
 	desc := v1.Descriptor{MediaType: v1.MediaTypeImageManifest, ArtifactType: modelpack.ArtifactType, Digest: version, Size: size}
-	return s.setReferences(ctx, desc, m.Source, m.Revision, refs)
+	return s.setReferences(ctx, desc, m.Source, m.Revision, refs, false)
 }
 
 func checkRefs(refs []reference.Reference) error {
@@ -246,7 +260,7 @@ func checkRefs(refs []reference.Reference) error {
 	return nil
 }
 
-func (s *Store) setReferences(ctx context.Context, desc v1.Descriptor, source, revision string, refs []reference.Reference) (Version, error) {
+func (s *Store) setReferences(ctx context.Context, desc v1.Descriptor, source, revision string, refs []reference.Reference, onlyNew bool) (Version, error) {
 	unlock, err := s.lock(ctx, true)
 	if err != nil {
 		return Version{}, err
@@ -260,6 +274,12 @@ func (s *Store) setReferences(ctx context.Context, desc v1.Descriptor, source, r
 	index, err := s.readIndex()
 	if err != nil {
 		return Version{}, err
+	}
+	for _, r := range refs {
+		// By a commit a version is found under any of its names.
+		if have, ok := find(versionsOf(index), r); onlyNew && ok && have.Digest != desc.Digest {
+			return Version{}, fmt.Errorf("publish: %s: %w by %s", r, ErrTaken, have.Digest)
+		}
 	}
 	if err := atomicfile.SweepTemp(s.dir); err != nil {
 		return Version{}, fmt.Errorf("sweep %s: %w", s.dir, err)

@@ -33,23 +33,16 @@ const blobFolder = "sha256"
 // with its size. With HardLink it must be on dir's file system.
 //
 // The folder is made under a temporary name beside dir and renamed: after a
-// crash there is a whole view or none, and perhaps a folder for which
-// atomicfile.IsTemp is true, to be removed by who holds the lock on the
-// parent. If dir is there already, Build leaves it and returns nil.
+// crash there is a whole view or none, and perhaps a folder that
+// atomicfile.SweepDead removes. If dir is there already, Build leaves it and returns nil.
 //
 // A view is not made durable. After a power cut a sparse file whose attributes
 // were lost would read as zeros, and nothing could tell. So the caller keeps
 // views in a folder named by the boot id of the kernel, and never uses one of
 // an earlier boot.
 func Build(ctx context.Context, dir string, t Tree, method Method, blobsDir string) (err error) {
-	switch method {
-	case DataOnly, Lower:
-	case HardLink:
-		if t.OwnFiles {
-			return fmt.Errorf("%w: uid, gid and mode of files cannot be set on this host, for its views are made of hard links; leave these options out, or see `larder doctor` for what is missing", ErrInvalid)
-		}
-	default:
-		return fmt.Errorf("%w: method %.50q is not known", ErrInvalid, method)
+	if err := t.Fits(method); err != nil {
+		return err
 	}
 	if len(t.Entries) == 0 || t.Entries[0].Path != "." || t.Entries[0].Kind != Dir {
 		return fmt.Errorf("%w: the tree has no root", ErrInvalid)
@@ -59,7 +52,7 @@ func Build(ctx context.Context, dir string, t Tree, method Method, blobsDir stri
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("build view: %w", err)
 	}
-	temp := filepath.Join(filepath.Dir(dir), atomicfile.TempPrefix+filepath.Base(dir)+"-"+rand.Text())
+	temp := filepath.Join(filepath.Dir(dir), fmt.Sprintf("%s%d-%s-%s", atomicfile.TempPrefix, os.Getpid(), filepath.Base(dir), rand.Text()))
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("build view %s: %w", dir, err), disk.RemoveAll(temp))

@@ -137,7 +137,7 @@ func (p *planner) hubRepo(r *hubRepo) error {
 			continue
 		}
 		name := reference.DefaultRevision
-		if _, taken := r.refs[name]; taken {
+		if _, taken := r.refs[name]; taken || p.catalog {
 			name = "larder-" + commit[:12]
 		}
 		r.refs[name] = commit

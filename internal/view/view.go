@@ -74,6 +74,12 @@ type Spec struct {
 	Mode     *fs.FileMode // permission bits of files; folders get x where files get r; nil: by ReadOnly
 
 	Models []Model
+
+	// Catalog: the models are all that there are, and nobody chose them. So
+	// there may be none; and in the hf layout a version that no revision names
+	// gets a name of Larder's own, never that of the default branch: which
+	// version of a model is the one to take, a view must not say by itself.
+	Catalog bool
 }
 
 // Model is one version of a model in a view.
@@ -85,7 +91,7 @@ type Model struct {
 	// layout, each a file below refs: main, v1, refs/pr/1. Full commits are
 	// passed over: a commit is found without a ref. When none is left the
 	// version gets "main", or a name of Larder's own where another version of
-	// the same repository has that.
+	// the same repository has that, or with Spec.Catalog.
 	Revisions []string
 	// Commit is the hub's commit, 40 hex digits. When empty, it is the
 	// revision in Pack if that is a commit, else made of Digest.
@@ -125,6 +131,20 @@ type Tree struct {
 	// OwnFiles tells that mode or owner of files were asked for by name, which
 	// hard links cannot give.
 	OwnFiles bool
+}
+
+// Fits tells whether a view can show the tree by this method.
+func (t Tree) Fits(method Method) error {
+	switch method {
+	case DataOnly, Lower:
+		return nil
+	case HardLink:
+		if t.OwnFiles {
+			return fmt.Errorf("%w: uid, gid and mode of files cannot be set on this host, for its views are made of hard links; leave these options out, or see `larder doctor` for what is missing", ErrInvalid)
+		}
+		return nil
+	}
+	return fmt.Errorf("%w: method %.50q is not known", ErrInvalid, method)
 }
 
 // keyFormat changes whenever Build writes a tree in another way, so that views
@@ -184,6 +204,7 @@ func Plan(spec Spec) (Tree, error) {
 
 // planner collects entries. Folders come to be with what is in them.
 type planner struct {
+	catalog  bool
 	entries  map[string]Entry
 	uid, gid uint32
 	file     fs.FileMode
@@ -192,10 +213,10 @@ type planner struct {
 }
 
 func newPlanner(spec Spec) (*planner, error) {
-	if len(spec.Models) == 0 {
+	if len(spec.Models) == 0 && !spec.Catalog {
 		return nil, fmt.Errorf("%w: it has no model", ErrInvalid)
 	}
-	p := &planner{entries: make(map[string]Entry), file: 0o666, dir: 0o777}
+	p := &planner{catalog: spec.Catalog, entries: make(map[string]Entry), file: 0o666, dir: 0o777}
 	if spec.ReadOnly {
 		p.file, p.dir = 0o444, 0o555
 	}

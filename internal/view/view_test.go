@@ -433,3 +433,30 @@ func TestPlanProperties(t *testing.T) {
 		}
 	})
 }
+
+// Nobody chose the models of a catalog: one that no revision names gets no name
+// that clients ask for by themselves.
+func TestACatalogSaysNotWhatMainIs(t *testing.T) {
+	t.Parallel()
+	unnamed, named := model("org/a", file("f", "one")), model("org/b", file("f", "two"))
+	commit := strings.Repeat("1", 40)
+	unnamed.Commit, unnamed.Revisions, named.Revisions = commit, []string{commit}, []string{"main"}
+	for catalog, want := range map[bool]string{false: "models--org--a/refs/main", true: "models--org--a/refs/larder-" + commit[:12]} {
+		tree := plan(t, Spec{Layout: HF, Catalog: catalog, Models: []Model{unnamed, named}})
+		var refs []string
+		for _, e := range tree.Entries {
+			if e.Kind == Inline && strings.Contains(e.Path, "/refs/") {
+				refs = append(refs, e.Path)
+			}
+		}
+		if got := []string{want, "models--org--b/refs/main"}; !slices.Equal(refs, got) {
+			t.Errorf("catalog %v: refs %v, want %v", catalog, refs, got)
+		}
+	}
+	if tree := plan(t, Spec{Layout: HF, Catalog: true}); len(tree.Entries) != 2 {
+		t.Errorf("a catalog of nothing has %v", tree.Entries)
+	}
+	if _, err := Plan(Spec{Layout: HF}); !errors.Is(err, ErrInvalid) {
+		t.Errorf("a view of nothing that is no catalog: %v", err)
+	}
+}

@@ -5,66 +5,230 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
+	"github.com/larder-project/larder/internal/disk"
 	"github.com/larder-project/larder/internal/mounttable"
+	"github.com/larder-project/larder/internal/overlay"
 )
 
-// Holder is a mount namespace, other than this process's own, that shows one
-// of our mounts: a container, as a rule.
+// Holder is a mount namespace that shows one of our mounts: a container, as a
+// rule.
 type Holder struct {
 	PID        int    // one process in it
 	Mountpoint string // as seen there
+
+	own   bool   // it is this process's own
+	place string // what the mount covers; see mounttable.Namespace.Place
 }
 
-// kernelUse is what the mount tables of all namespaces say of our mounts.
+// shown is a mount of ours in some namespace.
+type shown struct {
+	Holder
+	view   string // as in kernelUse.views
+	device string // MAJOR:MINOR
+}
+
+// kernelUse is what the mount tables of all namespaces say of our mounts. It
+// knows folders by their path below the state, for the state may have had
+// another path where the mount was made: in a managed plugin, or through a bind
+// mount.
 type kernelUse struct {
-	upper  map[string][]Holder // by upper folder, in other namespaces
-	view   map[string][]Holder // by view folder, in other namespaces
-	device map[string][]Holder // by MAJOR:MINOR, in other namespaces
-	views  map[string]bool     // view folders mounted anywhere
+	uppers  map[string][]shown // by upper folder: uppers/run/NAME/ID/upper
+	devices map[string][]shown // by MAJOR:MINOR
+	views   map[string][]Holder
 }
 
-// scanKernel reads the mount table of every mount namespace once, that of this
-// process only where withOwn says so: it can be long. A table that cannot be
-// read is an error: what it shows would be taken for unused.
-func scanKernel(ctx context.Context, state string, withOwn bool) (kernelUse, error) {
-	use := kernelUse{upper: map[string][]Holder{}, view: map[string][]Holder{}, device: map[string][]Holder{}, views: map[string]bool{}}
-	views := filepath.Join(state, "views") + "/"
+// scanKernel reads the mount table of every mount namespace once. A table that
+// cannot be read is an error: what it shows would be taken for unused.
+func (m *Manager) scanKernel(ctx context.Context) (kernelUse, error) {
+	use := kernelUse{uppers: map[string][]shown{}, devices: map[string][]shown{}, views: map[string][]Holder{}}
 	spaces, err := mounttable.Read(ctx, mounttable.Query{
-		SkipOwn:  !withOwn,
-		Contains: "/views/",
+		Contains: "/" + viewsDir + "/",
 		Want: func(i *mountinfo.Info) bool {
 			if i.FSType != "overlay" {
 				return false
 			}
 			view, _ := overlayFolders(i.VFSOptions)
-			return strings.HasPrefix(view, views)
+			_, _, ours := m.ourView(view)
+			return ours
 		},
 	})
 	if err != nil {
 		return use, err
 	}
 	for _, ns := range spaces {
-		for _, m := range ns.Mounts {
-			view, upper := overlayFolders(m.VFSOptions)
-			use.views[view] = true
-			if ns.Own {
-				continue
+		for _, mount := range ns.Mounts {
+			dir, upper := overlayFolders(mount.VFSOptions)
+			view, state, _ := m.ourView(dir)
+			s := shown{
+				Holder: Holder{PID: ns.PIDs[0], Mountpoint: mount.Mountpoint, own: ns.Own, place: ns.Place(mount)},
+				view:   view, device: fmt.Sprintf("%d:%d", mount.Major, mount.Minor),
 			}
-			h := Holder{PID: ns.PIDs[0], Mountpoint: m.Mountpoint}
-			dev := fmt.Sprintf("%d:%d", m.Major, m.Minor)
-			use.device[dev] = append(use.device[dev], h)
-			use.view[view] = append(use.view[view], h)
-			if upper != "" {
-				use.upper[upper] = append(use.upper[upper], h)
+			use.views[view] = append(use.views[view], s.Holder)
+			use.devices[s.device] = append(use.devices[s.device], s)
+			if rel, ok := strings.CutPrefix(upper, filepath.Join(state, uppersDir)+"/"); ok {
+				rel = filepath.Join(uppersDir, rel)
+				use.uppers[rel] = append(use.uppers[rel], s)
 			}
 		}
 	}
 	return use, nil
+}
+
+// viewsName is the folder of this boot's views below STATE/views. The state's
+// id in it is what mounts are known by, whatever the path.
+func (m *Manager) viewsName() string { return m.boot + "." + m.id[:idShown] }
+
+const idShown = 12 // digits of the state's id
+
+// ourView tells whether the folder of a view in a mount's options is one of
+// this state. It gives its path below the state, and the state's path where the
+// mount was made.
+//
+// A Larder before this rule named the folder by the boot alone. Its mounts are
+// known by the path, or by there being such a view here: a mount of another
+// state may be taken for ours then, which only keeps something.
+func (m *Manager) ourView(dir string) (view, state string, ours bool) {
+	views, key := filepath.Split(dir)
+	views = filepath.Clean(views)
+	name := filepath.Base(views)
+	state, ours = strings.CutSuffix(filepath.Dir(views), "/"+viewsDir)
+	if !ours {
+		return "", "", false
+	}
+	view = filepath.Join(viewsDir, name, key)
+	if name == m.boot {
+		return view, state, state == m.state || exists(filepath.Join(m.state, view))
+	}
+	return view, state, strings.HasSuffix(name, "."+m.id[:idShown])
+}
+
+// anyViewIn tells whether a view in the folder STATE/views/NAME is mounted.
+func (u kernelUse) anyViewIn(name string) bool {
+	for view := range u.views {
+		if filepath.Base(filepath.Dir(view)) == name {
+			return true
+		}
+	}
+	return false
+}
+
+// ofUpper lists what shows a mount with this upper, our own namespace among
+// it. The upper is either in the folder itself or below its own mount.
+func (u kernelUse) ofUpper(m *Manager, dir string) []shown {
+	rel, err := filepath.Rel(m.state, dir)
+	if err != nil {
+		return nil
+	}
+	if s := u.uppers[filepath.Join(rel, "upper")]; len(s) > 0 {
+		return s
+	}
+	return u.uppers[filepath.Join(rel, "fs", "upper")]
+}
+
+// of lists what shows a mount.
+func (u kernelUse) of(m *Manager, mr mountRecord) []shown {
+	if mr.Upper != "" {
+		return u.ofUpper(m, mr.Upper)
+	}
+	device := mr.Device
+	if device == "" {
+		d, err := overlay.DeviceOf(mr.Target)
+		if err != nil {
+			return nil
+		}
+		device = d.String()
+	}
+	// The kernel gives the number of a mount that has gone to another one.
+	return slices.DeleteFunc(slices.Clone(u.devices[device]), func(s shown) bool {
+		return mr.View != "" && filepath.Base(s.view) != mr.View
+	})
+}
+
+// users lists who uses a mount: all that show it but the host's own mount and
+// copies of that. A new mount namespace begins with such a copy, and a
+// container has one that sees the host's tree; it keeps a mount alive, but
+// nobody uses the volume by it.
+func (u kernelUse) users(m *Manager, mr mountRecord) []Holder {
+	var out []Holder
+	for _, s := range u.of(m, mr) {
+		if !s.isCopy(mr) {
+			out = append(out, s.Holder)
+		}
+	}
+	return out
+}
+
+func (h Holder) isCopy(mr mountRecord) bool {
+	if mr.Place != "" {
+		return h.place == mr.Place
+	}
+	// The record is of a Larder that did not note the place.
+	return strings.HasSuffix(h.Mountpoint, mr.Target)
+}
+
+// placeOf is the place of a mount to be made at target.
+func (m *Manager) placeOf(target string) string {
+	dir := filepath.Dir(target)
+	rest, below := strings.CutPrefix(dir, m.mnt)
+	if below {
+		dir = m.mnt
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	at := m.mntPlace
+	if !below || at == "" {
+		var err error
+		if at, _, err = mounttable.PlaceOf(dir); err != nil {
+			m.log.Warn("copies of a mount will count as its users", "target", target, "error", err)
+			return ""
+		}
+	}
+	if !below {
+		return filepath.Join(at, filepath.Base(target))
+	}
+	m.mntPlace = at
+	return filepath.Join(at, rest, filepath.Base(target))
+}
+
+// seesAll tells whether the mount tables that this process can read are those
+// of all containers that can show our mounts. Outside the first PID namespace
+// of the host it sees no process above it. That does not matter where our
+// mounts cannot get there, or where the engine itself has been seen.
+func (m *Manager) seesAll() bool { return !m.blind || m.engineSeen.Load() }
+
+// EngineSeen is told that the engine is a process which this one can see, so
+// that its containers are too.
+func (m *Manager) EngineSeen() { m.engineSeen.Store(true) }
+
+// Blind says why this process cannot tell whether a container still uses a
+// mount, or is empty.
+func (m *Manager) Blind() string {
+	if m.seesAll() {
+		return ""
+	}
+	return "it runs in a PID namespace of its own and does not see the processes of the host, so it cannot tell which mounts containers use"
+}
+
+// firstPIDNamespace is the inode number of the host's own PID namespace
+// (PROC_PID_INIT_INO in include/linux/proc_ns.h).
+const firstPIDNamespace = "pid:[4026531836]"
+
+func (m *Manager) findBlindness() error {
+	ns, err := os.Readlink(filepath.Join(mounttable.Proc, "self/ns/pid"))
+	if err != nil {
+		return fmt.Errorf("find the PID namespace: %w; is /proc mounted?", err)
+	}
+	if ns == firstPIDNamespace {
+		return nil
+	}
+	_, m.blind, err = mounttable.PlaceOf(m.mnt)
+	return err
 }
 
 // overlayFolders gives the topmost lower layer and the upper layer from the
@@ -137,8 +301,12 @@ func unescape(s string) string {
 	return b.String()
 }
 
-// bootID is the kernel's name for the time since it started.
+// bootID is the kernel's name for the time since it started. In a build that
+// can be made to fail, tests may say that the host was rebooted.
 func bootID() (string, error) {
+	if id := os.Getenv("LARDER_BOOT_ID"); disk.FaultsEnabled && id != "" {
+		return id, nil
+	}
 	data, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return "", fmt.Errorf("read the boot id: %w", err)

@@ -9,9 +9,11 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/gofrs/flock"
@@ -41,7 +43,7 @@ type Config struct {
 	State  string // folder of this node's state
 	Mounts string // folder below which volumes are mounted; empty: STATE/mnt
 	Node   string // name of this node in the store
-	BootID string // empty: the kernel's
+	BootID string // for tests; empty: the kernel's
 	Puller Puller // nil: the option pull is refused
 	Log    *slog.Logger
 }
@@ -54,14 +56,19 @@ type Manager struct {
 	mnt    string
 	node   string
 	boot   string
+	id     string // of the state
 	puller Puller
 	log    *slog.Logger
-	method view.Method
+
+	blind      bool // see seesAll
+	engineSeen atomic.Bool
 
 	ended chan struct{} // see Ended
 
-	mu    sync.Mutex
-	plans map[string]string // of a spec: the key of its view
+	mu       sync.Mutex
+	method   view.Method
+	plans    map[string]string // of a spec: the key of its view
+	mntPlace string            // of mnt; see placeOf
 }
 
 // Open opens STATE, and makes it where it is missing.
@@ -96,12 +103,18 @@ func Open(ctx context.Context, c Config) (*Manager, error) {
 	if err := CheckID(m.boot); err != nil {
 		return nil, fmt.Errorf("open state: boot id: %w", err)
 	}
-	for _, dir := range []string{"volumes", "mounts", "mounts/" + m.boot, "views", "views/" + m.boot, "uppers", "uppers/run", "uppers/volume", "locks"} {
+	for _, dir := range []string{"volumes", "mounts", "mounts/" + m.boot, viewsDir, uppersDir, "uppers/run", "uppers/volume", "locks"} {
 		if err := disk.MkdirAll(filepath.Join(state, dir), 0o711); err != nil {
 			return nil, fmt.Errorf("open state: %w", err)
 		}
 	}
 	if err := disk.MkdirAll(m.mnt, 0o711); err != nil {
+		return nil, fmt.Errorf("open state: %w", err)
+	}
+	if m.mnt, err = filepath.EvalSymlinks(m.mnt); err != nil {
+		return nil, fmt.Errorf("open state: %w", err)
+	}
+	if err := m.findBlindness(); err != nil {
 		return nil, fmt.Errorf("open state: %w", err)
 	}
 	// Volumes have names, so this lock is nobody else's.
@@ -113,24 +126,34 @@ func Open(ctx context.Context, c Config) (*Manager, error) {
 	if err := m.own(); err != nil {
 		return nil, fmt.Errorf("open state: %w", err)
 	}
+	if err := disk.MkdirAll(filepath.Join(state, viewsDir, m.viewsName()), 0o711); err != nil {
+		return nil, fmt.Errorf("open state: %w", err)
+	}
 	return m, nil
 }
+
+var stateID = regexp.MustCompile(`^[0-9a-f]{32}$`)
 
 // own makes sure that no other STATE speaks for this node in a shared store:
 // each would drop the other's records of what is in use.
 func (m *Manager) own() error {
 	path := filepath.Join(m.state, "id")
-	id, err := os.ReadFile(path)
+	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		err = atomicfile.Write(path, []byte(newID()+"\n"), 0o600)
-		if err == nil {
-			id, err = os.ReadFile(path)
-		}
+		data = []byte(newID() + "\n")
+		err = atomicfile.Write(path, data, 0o600)
 	}
 	if err != nil {
 		return fmt.Errorf("read the state's id: %w", err)
 	}
-	return m.store.Claim(m.node, strings.TrimSpace(string(id)))
+	m.id = strings.TrimSpace(string(data))
+	if !stateID.MatchString(m.id) {
+		return &damagedError{
+			text: "the state's id " + path + " is damaged", err: fmt.Errorf("it has %d bytes that are not 32 hex digits", len(data)),
+			hint: fmt.Sprintf("if %s is the only state folder of node %s, the id is in the store: cp %s %s", m.state, m.node, filepath.Join(m.store.Dir(), "leases", m.node, "owner"), path),
+		}
+	}
+	return m.store.Claim(m.node, m.id)
 }
 
 // method is found once: by the first that mounts.
@@ -178,7 +201,7 @@ func (m *Manager) lock(ctx context.Context, name string) (func(), error) {
 
 // Create records a volume. Its models must be in the store, or be fetched by
 // its option pull. A volume that is there with the same options is left as it
-// is; with others it is refused.
+// is; with others it is refused, and so is one that this host can never mount.
 func (m *Manager) Create(ctx context.Context, name string, raw map[string]string) error {
 	if err := CheckName(name); err != nil {
 		return err
@@ -197,30 +220,84 @@ func (m *Manager) Create(ctx context.Context, name string, raw map[string]string
 		return err
 	}
 	defer unlock()
-	have, err := m.readRecord(name)
+	if err := m.create(ctx, record{Name: name, Options: raw}, o); err != nil {
+		return fmt.Errorf("create volume %s: %w", name, err)
+	}
+	return nil
+}
+
+// create writes the record of a volume. The caller holds the volume's lock.
+func (m *Manager) create(ctx context.Context, r record, o Options) error {
+	have, err := m.readRecord(r.Name)
 	switch {
-	case err == nil && sameOptions(have.Options, raw):
+	case err == nil && sameOptions(have.Options, r.Options):
 		return nil
 	case err == nil:
-		return fmt.Errorf("create volume %s: %w: it is there already with other options (%s); remove it first or choose another name", name, ErrInvalid, describe(have.Options))
+		return fmt.Errorf("%w: it is there already with other options (%s); remove it first or choose another name", ErrInvalid, describe(have.Options))
 	case !errors.Is(err, ErrNotFound):
 		return err
 	}
-	if _, err := os.Lstat(m.volumeUpper(name)); err == nil {
-		return fmt.Errorf("create volume %s: %s holds what an earlier volume of this name wrote, and no record says over which version; move the folder away to begin anew", name, m.volumeUpper(name))
+	if _, err := os.Lstat(m.volumeUpper(r.Name)); err == nil {
+		return fmt.Errorf("%s holds what an earlier volume of this name wrote, and no record says over which version; move the folder away to begin anew", m.volumeUpper(r.Name))
 	}
-	r := record{Format: recordFormat, Name: name, Options: raw, Created: time.Now().UTC().Truncate(time.Second)}
+	r.Format, r.Created = recordFormat, time.Now().UTC().Truncate(time.Second)
 	if r.Options == nil {
 		r.Options = map[string]string{}
+	}
+	versions, err := m.resolve(o)
+	if err != nil {
+		return err
+	}
+	if err := m.checkMountable(ctx, versions, o); err != nil {
+		return err
 	}
 	// Resolve and record in one breath, so that a removal sees either no
 	// volume and no version, or both.
 	return m.store.Shared(ctx, func() error {
-		if _, err := m.resolve(o); err != nil {
-			return fmt.Errorf("create volume %s: %w", name, err)
+		versions, err := m.resolve(o)
+		if err != nil {
+			return err
+		}
+		if !o.Catalog { // which keeps nothing
+			if err := m.use(versions); err != nil {
+				return err
+			}
 		}
 		return m.writeRecord(r)
 	})
+}
+
+// use tells other nodes of the store which versions this one needs. The caller
+// is inside Shared.
+func (m *Manager) use(versions []store.Version) error {
+	for _, v := range versions {
+		if err := m.store.Use(m.node, v.Digest); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkMountable refuses what no mount on this host could give. What a catalog
+// shows is another thing each time.
+func (m *Manager) checkMountable(ctx context.Context, versions []store.Version, o Options) error {
+	if !o.ReadOnly {
+		if err := overlay.CheckLimit(filepath.Join(m.state, uppersDir), o.limit()); err != nil {
+			return fmt.Errorf("%w: %w", ErrInvalid, err)
+		}
+	}
+	if o.Catalog {
+		return nil
+	}
+	method, err := m.viewMethod(ctx)
+	if err != nil {
+		return err
+	}
+	tree, err := m.plan(versions, o)
+	if err == nil {
+		err = tree.Fits(method)
+	}
+	return err
 }
 
 func sameOptions(a, b map[string]string) bool {
@@ -425,11 +502,20 @@ func (m *Manager) State() string { return m.state }
 func (m *Manager) Node() string { return m.node }
 
 func (m *Manager) volumeUpper(name string) string {
-	return filepath.Join(m.state, "uppers", "volume", name)
+	return filepath.Join(m.state, uppersDir, "volume", name)
 }
 
 func (m *Manager) runUpper(name, id string) string {
-	return filepath.Join(m.state, "uppers", "run", name, id)
+	return filepath.Join(m.state, uppersDir, "run", name, id)
+}
+
+// plan lays out the view of versions.
+func (m *Manager) plan(versions []store.Version, o Options) (view.Tree, error) {
+	models, err := m.viewModels(versions, o)
+	if err != nil {
+		return view.Tree{}, err
+	}
+	return view.Plan(view.Spec{Layout: o.Layout, ReadOnly: o.ReadOnly, UID: o.UID, GID: o.GID, Mode: o.Mode, Catalog: o.Catalog, Models: models})
 }
 
 // viewModels gives what package view needs to know of versions.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/larder-project/larder/internal/disk"
 	"github.com/larder-project/larder/internal/overlay"
@@ -25,25 +24,36 @@ func (m *Manager) MountAt(ctx context.Context, name string, raw map[string]strin
 		return fmt.Errorf("mount: %w", err)
 	}
 	id := newID()
+	r := record{Name: name, Options: raw}
 	if name == "" {
-		name = manualPrefix + id[:12]
+		r.Name, r.Manual = manualPrefix+id[:12], true
 	}
-	if err := m.Create(ctx, name, raw); err != nil {
+	if err := CheckName(r.Name); err != nil {
 		return err
 	}
-	err = m.mountAt(ctx, name, id, target)
-	if err != nil && strings.HasPrefix(name, manualPrefix) {
-		err = errors.Join(err, m.Remove(context.WithoutCancel(ctx), name))
+	o, err := ParseOptions(r.Name, raw)
+	if err != nil {
+		return err
 	}
-	return err
-}
-
-func (m *Manager) mountAt(ctx context.Context, name, id, target string) error {
-	unlock, err := m.lock(ctx, name)
+	if o.Pull != PullNever {
+		return fmt.Errorf("mount: %w option pull=%s: a mount fetches nothing; larder pull %s does", ErrInvalid, o.Pull, o.Models[0])
+	}
+	unlock, err := m.lock(ctx, r.Name)
 	if err != nil {
 		return err
 	}
 	defer unlock()
+	if err := m.create(ctx, r, o); err != nil {
+		return fmt.Errorf("create volume %s: %w", r.Name, err)
+	}
+	if err = m.mountAt(ctx, r.Name, id, target); err != nil && r.Manual {
+		err = errors.Join(err, m.dropManual(context.WithoutCancel(ctx), r.Name))
+	}
+	return err
+}
+
+// mountAt mounts a volume, whose lock the caller holds.
+func (m *Manager) mountAt(ctx context.Context, name, id, target string) error {
 	r, err := m.readRecord(name)
 	if err != nil {
 		return err
@@ -61,7 +71,7 @@ func (m *Manager) mountAt(ctx context.Context, name, id, target string) error {
 			return fmt.Errorf("mount volume %s: %w: its writes are mounted at %s already", name, ErrInUse, others[0].Target)
 		}
 	}
-	mr, err := m.begin(ctx, r, o, mountRecord{Volume: name, ID: id, Target: target, Manual: true})
+	mr, err := m.begin(ctx, r, o, mountRecord{Volume: name, ID: id, Target: target, Place: m.placeOf(target), Manual: true})
 	if err == nil {
 		err = m.attach(ctx, o, mr)
 	}
@@ -109,50 +119,55 @@ func (m *Manager) UnmountAt(ctx context.Context, target string) error {
 	if real, err := filepath.EvalSymlinks(target); err == nil {
 		target = real
 	}
-	all, err := m.Mounts(ctx)
-	if err != nil {
-		return fmt.Errorf("unmount: %w", err)
-	}
-	for _, one := range all {
-		if one.Target != target {
+	all, damaged := m.allMounts()
+	for _, mr := range all {
+		if mr.Target != target {
 			continue
 		}
-		if !one.Manual {
-			return fmt.Errorf("unmount %s: %w: it belongs to a container's volume %s; stop the container", target, ErrInUse, one.Volume)
+		if !mr.Manual {
+			return fmt.Errorf("unmount %s: %w: it belongs to a container's volume %s; stop the container", target, ErrInUse, mr.Volume)
 		}
-		return m.endManual(ctx, one)
+		if err := m.endManual(ctx, mr.Volume, mr.ID); err != nil {
+			return fmt.Errorf("unmount %s: %w", target, err)
+		}
+		if mr.Absorb { // there may be no plugin to do it
+			return m.Absorb(ctx)
+		}
+		return nil
+	}
+	if damaged != nil { // it may be the one
+		return fmt.Errorf("unmount %s: %w", target, damaged)
 	}
 	return fmt.Errorf("unmount %s: %w; larder ps lists the mounts", target, ErrNotMounted)
 }
 
-func (m *Manager) endManual(ctx context.Context, one Mounted) error {
-	unlock, err := m.lock(ctx, one.Volume)
+func (m *Manager) endManual(ctx context.Context, name, id string) error {
+	unlock, err := m.lock(ctx, name)
 	if err != nil {
 		return err
 	}
-	mr, ok, err := m.readMount(one.Volume, one.ID)
-	absorb := err == nil && ok && mr.Absorb
-	if err == nil && ok && !absorb {
-		err = m.detach(ctx, mr)
-	}
-	if absorb || errors.Is(err, errHeld) && !errors.Is(err, overlay.ErrBusy) {
-		// Unmounted here; what was written goes when Reap finds it free. Or it
-		// is absorbed now: there may be no plugin to do it later.
-		mr.Refs, mr.Leaving = 0, true
-		err = m.writeMount(mr)
-	}
-	unlock()
-	if absorb && err == nil {
-		err = m.takeOver(ctx, mr)
-	}
-	if errors.Is(err, overlay.ErrBusy) {
-		return fmt.Errorf("unmount %s: %w: %w", one.Target, ErrInUse, err)
-	}
-	if err == nil && strings.HasPrefix(one.Volume, manualPrefix) {
-		err = m.Remove(ctx, one.Volume)
-	}
+	defer unlock()
+	mr, ok, err := m.readMount(name, id)
 	if err != nil {
-		return fmt.Errorf("unmount %s: %w", one.Target, err)
+		return err
 	}
-	return nil
+	if !ok {
+		return m.dropManual(ctx, name)
+	}
+	err = m.detach(ctx, mr)
+	var elsewhere *elsewhereError
+	switch {
+	case err == nil:
+		return m.dropManual(ctx, name)
+	case errors.As(err, &elsewhere):
+		return fmt.Errorf("%w: %w", ErrInUse, err)
+	case errors.Is(err, overlay.ErrBusy):
+		return fmt.Errorf("%w: %w", ErrInUse, err)
+	case errors.Is(err, errHeld):
+		// It is unmounted here. Copies in other namespaces hold what was
+		// written, and the rest goes with the last of them: Reap sees to it.
+		mr.Refs, mr.Leaving = 0, true
+		return m.writeMount(mr)
+	}
+	return err
 }

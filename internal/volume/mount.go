@@ -55,7 +55,7 @@ func (m *Manager) Mount(ctx context.Context, name, id string) (string, error) {
 		return "", fmt.Errorf("mount volume %s: %w", name, err)
 	}
 	target := m.target(name, id, o)
-	mr, err := m.begin(ctx, r, o, mountRecord{Volume: name, ID: id, Target: target})
+	mr, err := m.begin(ctx, r, o, mountRecord{Volume: name, ID: id, Target: target, Place: m.placeOf(target)})
 	if err == nil {
 		err = m.attach(ctx, o, mr)
 	}
@@ -74,7 +74,7 @@ func (m *Manager) begin(ctx context.Context, r record, o Options, mr mountRecord
 	}
 	now := bootSeconds()
 	if again {
-		live, err := overlay.IsMounted(old.Target)
+		live, err := isMounted(old)
 		if err != nil {
 			return old, err
 		}
@@ -107,12 +107,9 @@ func (m *Manager) begin(ctx context.Context, r record, o Options, mr mountRecord
 				return err
 			}
 		}
-		mr.Versions = make([]digest.Digest, len(versions))
-		for i, v := range versions {
-			mr.Versions[i] = v.Digest
-			if err := m.store.Use(m.node, v.Digest); err != nil {
-				return err
-			}
+		mr.Versions = digestsOf(versions)
+		if err := m.use(versions); err != nil {
+			return err
 		}
 		switch {
 		case o.ReadOnly:
@@ -137,10 +134,10 @@ func (m *Manager) pin(ctx context.Context, r *record, o Options) error {
 		if err != nil {
 			return err
 		}
-		r.Pinned = nil
-		for _, v := range versions {
-			r.Pinned = append(r.Pinned, v.Digest)
+		if err := m.use(versions); err != nil {
+			return err
 		}
+		r.Pinned = digestsOf(versions)
 		return m.writeRecord(*r)
 	})
 }
@@ -170,7 +167,7 @@ func (m *Manager) attach(ctx context.Context, o Options, mr mountRecord) (err er
 	}
 	mr.View = filepath.Base(viewDir)
 	if live {
-		return m.writeMount(mr) // another run of the volume has mounted it
+		return m.attached(mr) // another run of the volume has mounted it
 	}
 	if err := disk.MkdirAll(mr.Target, 0o711); err != nil {
 		return err
@@ -189,7 +186,28 @@ func (m *Manager) attach(ctx context.Context, o Options, mr mountRecord) (err er
 	for _, v := range mr.Versions {
 		m.store.TouchUsage(m.node, v)
 	}
+	return m.attached(mr)
+}
+
+// attached records that a mount is there.
+func (m *Manager) attached(mr mountRecord) error {
+	device, err := overlay.DeviceOf(mr.Target)
+	if err != nil {
+		return err
+	}
+	mr.Device = device.String()
 	return m.writeMount(mr)
+}
+
+// isMounted tells whether a mount is at its target, in this mount namespace.
+// What somebody else has mounted there is not ours.
+func isMounted(mr mountRecord) (bool, error) {
+	mounted, err := overlay.IsMounted(mr.Target)
+	if err != nil || !mounted || mr.Device == "" {
+		return mounted, err
+	}
+	device, err := overlay.DeviceOf(mr.Target)
+	return err == nil && device.String() == mr.Device, err
 }
 
 // takeUpper makes the folder that takes what a run writes, or takes up the
@@ -202,7 +220,7 @@ func (m *Manager) takeUpper(ctx context.Context, mr mountRecord, o Options, view
 			return overlay.Upper{}, err
 		}
 		if o.Scope == ScopeRun {
-			if err := overlay.RemoveUpper(mr.Upper); err != nil {
+			if err := m.dropUpper(mr); err != nil {
 				return overlay.Upper{}, err
 			}
 		}
@@ -210,11 +228,16 @@ func (m *Manager) takeUpper(ctx context.Context, mr mountRecord, o Options, view
 	if err := disk.MkdirAll(filepath.Dir(mr.Upper), 0o711); err != nil {
 		return overlay.Upper{}, err
 	}
-	limit := overlay.Limit{Bytes: o.Size}
-	if o.Tmpfs {
-		limit.Backend = overlay.Tmpfs
+	return overlay.NewUpper(ctx, mr.Upper, viewDir, m.state, o.limit())
+}
+
+// dropUpper ends what a run wrote, which nobody shows any more: it is deleted,
+// or kept aside until Absorb has looked at it.
+func (m *Manager) dropUpper(mr mountRecord) error {
+	if mr.Absorb {
+		return m.setAside(mr)
 	}
-	return overlay.NewUpper(ctx, mr.Upper, viewDir, m.state, limit)
+	return overlay.RemoveUpper(mr.Upper)
 }
 
 // rollBack leaves no trace of a mount that failed. Where another run has the
@@ -223,7 +246,6 @@ func (m *Manager) rollBack(ctx context.Context, mr mountRecord, live bool) error
 	if live {
 		return m.dropMount(mr)
 	}
-	mr.Absorb = false
 	if err := m.detach(ctx, mr); err != nil {
 		return fmt.Errorf("roll back: %w", err)
 	}
@@ -236,7 +258,7 @@ func (m *Manager) ensureView(ctx context.Context, versions []store.Version, o Op
 	if err != nil {
 		return "", "", err
 	}
-	dir := filepath.Join(m.state, "views", m.boot)
+	dir := filepath.Join(m.state, viewsDir, m.viewsName())
 	name := planName(versions, o, method)
 	m.mu.Lock()
 	key, ok := m.plans[name]
@@ -246,11 +268,7 @@ func (m *Manager) ensureView(ctx context.Context, versions []store.Version, o Op
 			return filepath.Join(dir, key), method, nil
 		}
 	}
-	models, err := m.viewModels(versions, o)
-	if err != nil {
-		return "", "", err
-	}
-	tree, err := view.Plan(view.Spec{Layout: o.Layout, ReadOnly: o.ReadOnly, UID: o.UID, GID: o.GID, Mode: o.Mode, Models: models})
+	tree, err := m.plan(versions, o)
 	if err != nil {
 		return "", "", err
 	}
@@ -325,11 +343,11 @@ func (m *Manager) Unmount(ctx context.Context, name, id string) error {
 	}
 	mr.Refs--
 	if mr.Refs > 0 {
-		use, err := scanKernel(ctx, m.state, false)
+		use, err := m.scanKernel(ctx)
 		if err != nil {
 			return err
 		}
-		if len(use.holders(mr)) > 0 {
+		if !m.seesAll() || len(use.users(m, mr)) > 0 {
 			return m.writeMount(mr)
 		}
 		// Calls of this ID come one after another, and no container shows the
@@ -341,10 +359,6 @@ func (m *Manager) Unmount(ctx context.Context, name, id string) error {
 	}
 	err = m.leave(ctx, mr)
 	if errors.Is(err, errHeld) {
-		if mr.Absorb {
-			m.kick()
-			return nil
-		}
 		m.log.Warn("unmount waits for what still holds the mount", "volume", name, "id", id, "reason", err)
 		return nil
 	}
@@ -354,11 +368,22 @@ func (m *Manager) Unmount(ctx context.Context, name, id string) error {
 // errHeld tells that a mount could not be taken away yet.
 var errHeld = errors.New("the mount is still held")
 
+// elsewhereError tells that only a process in another mount namespace can take
+// a mount away: that of the plugin, where the engine runs it.
+type elsewhereError struct{ by Holder }
+
+func (e *elsewhereError) Error() string {
+	return fmt.Sprintf("it was mounted in the mount namespace of process %d, at %s", e.by.PID, e.by.Mountpoint)
+}
+
+func (e *elsewhereError) Is(target error) bool { return target == errHeld }
+
 // leave takes away a mount that its last user has left, unless another run of
 // the volume shares it.
 func (m *Manager) leave(ctx context.Context, mr mountRecord) error {
 	others, err := m.readMounts(mr.Volume)
-	if err != nil {
+	// A record that cannot be read may be of a run that shares the mount.
+	if err != nil && filepath.Base(mr.Target) == sharedTarget {
 		return err
 	}
 	for _, o := range others {
@@ -369,25 +394,27 @@ func (m *Manager) leave(ctx context.Context, mr mountRecord) error {
 	return m.detach(ctx, mr)
 }
 
-// detach unmounts, deletes what the run wrote, and drops the record, in this
+// detach unmounts, ends what the run wrote, and drops the record, in this
 // order; it can be repeated after a crash at any step. It returns errHeld
 // where somebody still holds the mount, and then has deleted nothing.
 func (m *Manager) detach(ctx context.Context, mr mountRecord) error {
-	if mr.Absorb {
-		return fmt.Errorf("%w: what was downloaded into it is being taken over", errHeld)
-	}
-	if err := m.unmount(mr.Target); err != nil {
+	here, err := isMounted(mr)
+	if err != nil {
 		return err
 	}
-	if mr.Upper != "" && mr.Upper == m.runUpper(mr.Volume, mr.ID) {
-		use, err := scanKernel(ctx, m.state, false)
-		if err != nil {
+	if here {
+		if err := m.unmount(mr.Target); err != nil {
 			return err
 		}
-		if holders := use.holdersOfUpper(mr.Upper); len(holders) > 0 {
-			return fmt.Errorf("%w: process %d", errHeld, holders[0].PID)
+	}
+	ofRun := mr.Upper != "" && mr.Upper == m.runUpper(mr.Volume, mr.ID)
+	if ofRun || !here {
+		if err := m.checkFree(ctx, mr, here, ofRun); err != nil {
+			return err
 		}
-		if err := overlay.RemoveUpper(mr.Upper); errors.Is(err, overlay.ErrBusy) {
+	}
+	if ofRun {
+		if err := m.dropUpper(mr); errors.Is(err, overlay.ErrBusy) {
 			return fmt.Errorf("%w: %w", errHeld, err)
 		} else if err != nil {
 			return err
@@ -408,12 +435,38 @@ func (m *Manager) detach(ctx context.Context, mr mountRecord) error {
 		return err
 	}
 	// Folders of the volume go with its last mount; others may still use them.
-	for _, dir := range []string{m.Path(mr.Volume), m.mountsDir(mr.Volume), filepath.Join(m.state, "uppers", "run", mr.Volume)} {
+	for _, dir := range []string{m.Path(mr.Volume), m.mountsDir(mr.Volume), filepath.Dir(m.runUpper(mr.Volume, mr.ID))} {
 		if err := removeEmpty(dir); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// checkFree returns errHeld where a mount is still shown that was here and is
+// unmounted now, or that is not here: then it may be in another namespace, whose
+// process must unmount it. An upper must not go while anybody shows it.
+func (m *Manager) checkFree(ctx context.Context, mr mountRecord, here, upper bool) error {
+	use, err := m.scanKernel(ctx)
+	if err != nil {
+		return err
+	}
+	for _, s := range use.of(m, mr) {
+		switch {
+		case !here && !s.own && s.isCopy(mr):
+			return &elsewhereError{s.Holder}
+		case upper:
+			return fmt.Errorf("%w: process %d shows it at %s", errHeld, s.PID, s.Mountpoint)
+		}
+	}
+	if !upper {
+		return nil
+	}
+	used, err := overlay.UpperInUse(mr.Upper)
+	if used {
+		return fmt.Errorf("%w by what no mount table here shows", errHeld)
+	}
+	return err
 }
 
 // unmount takes away what is mounted at target, if anything. A mount that is in

@@ -12,6 +12,7 @@ import (
 
 	"github.com/docker/go-units"
 
+	"github.com/larder-project/larder/internal/overlay"
 	"github.com/larder-project/larder/internal/reference"
 	"github.com/larder-project/larder/internal/view"
 )
@@ -56,8 +57,9 @@ type Options struct {
 // Layouts, as package view has them.
 var layouts = []string{string(view.Files), string(view.HF)}
 
-// minSize is the least limit that leaves room for what a file system needs.
-const minSize = 1 << 20
+// minSize is the least limit that some backend can keep; what this host can is
+// checked when a volume is made.
+const minSize = overlay.MinBytes
 
 // optionNames lists what may be given, with what it takes.
 var optionNames = map[string]string{
@@ -265,4 +267,13 @@ func (o *Options) check(raw map[string]string) error {
 		o.Scope = ScopeRun // of an anonymous volume; see above for others
 	}
 	return nil
+}
+
+// limit is what bounds an upper of the volume.
+func (o *Options) limit() overlay.Limit {
+	l := overlay.Limit{Bytes: o.Size}
+	if o.Tmpfs {
+		l.Backend = overlay.Tmpfs
+	}
+	return l
 }

@@ -30,56 +30,33 @@ func isNotEmpty(err error) bool {
 	return errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EBUSY)
 }
 
-// holdersOfUpper lists who shows a mount with this upper, in any namespace but
-// our own. The upper is either the folder itself or lies below its own mount.
-func (u kernelUse) holdersOfUpper(dir string) []Holder {
-	for _, at := range []string{filepath.Join(dir, "upper"), filepath.Join(dir, "fs", "upper")} {
-		if h := u.upper[at]; len(h) > 0 {
-			return h
-		}
-	}
-	return nil
-}
-
-// holders lists who shows a mount in another namespace. A copy of the host's
-// own tree, as every new namespace begins with and as a container has that sees
-// the host's root, keeps a mount alive, but nobody uses the volume by it: it is
-// left out.
-func (u kernelUse) holders(mr mountRecord) []Holder {
-	var all []Holder
-	if mr.Upper != "" {
-		all = u.holdersOfUpper(mr.Upper)
-	} else if d, err := overlay.DeviceOf(mr.Target); err == nil {
-		all = u.device[d.String()]
-	}
-	own := mr.Target
-	if !mr.Manual {
-		own = "/" + mr.Volume + "/" + filepath.Base(mr.Target)
-	}
-	return slices.DeleteFunc(slices.Clone(all), func(h Holder) bool { return strings.HasSuffix(h.Mountpoint, own) })
-}
-
 // How long a mount waits for copies of the host's tree that hold its upper: a
 // container that starts has one for some milliseconds.
 const copyGrace = 3 * time.Second
 
 // awaitUpper makes sure that no container shows an earlier mount of an upper.
 // Copies of the host's tree are waited for; one that stays is a mount
-// namespace somebody made and in which nobody uses the volume.
+// namespace somebody made and in which nobody uses the volume. What no mount
+// table shows is never gone over: it may be a container that this process
+// cannot see.
 func (m *Manager) awaitUpper(ctx context.Context, mr mountRecord) error {
 	for deadline := time.Now().Add(copyGrace); ; {
-		use, err := scanKernel(ctx, m.state, false)
+		use, err := m.scanKernel(ctx)
 		if err != nil {
 			return err
 		}
-		if users := use.holders(mr); len(users) > 0 {
+		if users := use.users(m, mr); len(users) > 0 {
 			return fmt.Errorf("%w: process %d still shows an earlier mount of it at %s; end that container first", ErrInUse, users[0].PID, users[0].Mountpoint)
 		}
-		copies := use.holdersOfUpper(mr.Upper)
-		if len(copies) == 0 {
-			return nil
+		used, err := overlay.UpperInUse(mr.Upper)
+		if err != nil || !used {
+			return err
 		}
 		if time.Now().After(deadline) {
+			copies := use.ofUpper(m, mr.Upper)
+			if len(copies) == 0 || !m.seesAll() {
+				return fmt.Errorf("%w: an earlier mount of it lives on, and no mount table shows where: in a container that this process cannot see, or held by an open file; end the containers of volume %s first", ErrInUse, mr.Volume)
+			}
 			m.log.Warn("a mount namespace keeps a copy of an earlier mount", "volume", mr.Volume, "process", copies[0].PID, "mountpoint", copies[0].Mountpoint)
 			return nil
 		}
@@ -108,7 +85,7 @@ func (m *Manager) Reap(ctx context.Context) error {
 	}
 	// One look at the mount tables for all volumes: with thousands of
 	// containers it takes long.
-	look, err := scanKernel(ctx, m.state, false)
+	look, err := m.scanKernel(ctx)
 	if err != nil {
 		return errors.Join(err, failed.ErrorOrNil())
 	}
@@ -138,56 +115,81 @@ func (m *Manager) mountedNames(boot string) ([]string, error) {
 }
 
 // reapVolume notes what an earlier look shows to be in use. What seems to be
-// due is looked at again under the volume's lock, where no mount can begin.
+// due is looked at again under the volume's lock, where no mount can begin. A
+// record that cannot be read is an error, and the others are looked at all the
+// same.
 func (m *Manager) reapVolume(ctx context.Context, name string, look kernelUse) error {
 	unlock, err := m.lock(ctx, name)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	records, err := m.readMounts(name)
-	if err != nil {
-		return err
-	}
+	records, damaged := m.readMounts(name)
 	now := bootSeconds()
 	again := false
 	for i, mr := range records {
-		used := len(look.holders(mr)) > 0
-		if used && !mr.Leaving && !mr.Seen {
+		used := m.inUse(look, mr)
+		if used && m.seesAll() && !mr.Leaving && !mr.Seen {
 			records[i].Seen = true
 			if err := m.writeMount(records[i]); err != nil {
-				return err
+				return errors.Join(err, damaged)
 			}
 		}
-		mounted, err := overlay.IsMounted(mr.Target)
+		mounted, err := isMounted(mr)
 		if err != nil {
-			return err
+			return errors.Join(err, damaged)
 		}
 		again = again || due(mr, used, mounted, now)
 	}
 	if !again {
-		return nil
+		return damaged
 	}
-	use, err := scanKernel(ctx, m.state, false)
+	use, err := m.scanKernel(ctx)
 	if err != nil {
-		return err
+		return errors.Join(err, damaged)
 	}
+	failed := multierror.Append(nil, damaged)
 	for _, mr := range records {
-		mounted, err := overlay.IsMounted(mr.Target)
+		mounted, err := isMounted(mr)
 		if err != nil {
-			return err
+			failed = multierror.Append(failed, err)
+			continue
 		}
-		if !due(mr, len(use.holders(mr)) > 0, mounted, now) {
+		if !due(mr, m.inUse(use, mr), mounted, now) {
 			continue
 		}
 		err = m.leave(ctx, mr)
 		if err == nil {
 			m.log.Info("took away a mount that nobody uses", "volume", name, "id", mr.ID, "leaving", mr.Leaving, "seen", mr.Seen)
-		} else if !errors.Is(err, errHeld) {
-			return err
+			err = m.dropManual(ctx, name)
+		}
+		if !errors.Is(err, errHeld) {
+			failed = multierror.Append(failed, err)
 		}
 	}
-	return nil
+	return failed.ErrorOrNil()
+}
+
+// inUse tells whether a container may be using a mount. Of one that was left,
+// only what can be seen counts: its engine has said so.
+func (m *Manager) inUse(use kernelUse, mr mountRecord) bool {
+	return !m.seesAll() && !mr.Leaving || len(use.users(m, mr)) > 0
+}
+
+// dropManual removes a volume that was made for a manual mount, once it has
+// none. The caller holds its lock.
+func (m *Manager) dropManual(ctx context.Context, name string) error {
+	r, err := m.readRecord(name)
+	if errors.Is(err, ErrNotFound) {
+		return nil
+	}
+	if err != nil || !r.Manual {
+		return err
+	}
+	if mounts, err := m.readMounts(name); err != nil || len(mounts) > 0 {
+		return err
+	}
+	return m.remove(ctx, name)
 }
 
 // due tells that a mount is to be taken away: its last user has left, or it has
@@ -208,13 +210,38 @@ func due(mr mountRecord, used, mounted bool, now int64) bool {
 // left behind, and nothing that a mount table shows or a record names.
 func (m *Manager) Sweep(ctx context.Context) error {
 	var failed *multierror.Error
-	use, err := scanKernel(ctx, m.state, true)
+	use, err := m.scanKernel(ctx)
 	if err != nil {
 		return err
 	}
-	failed = multierror.Append(failed, m.sweepRuns(ctx, use), m.sweepTargets(ctx), m.sweepRemoving(ctx), m.sweepBoots(use))
-	for _, dir := range []string{".", "volumes", "views/" + m.boot} {
+	failed = multierror.Append(failed, m.sweepRuns(ctx, use), m.sweepTargets(ctx), m.sweepManual(ctx), m.sweepRemoving(ctx), m.sweepAsides(ctx), m.sweepBoots(use))
+	for _, dir := range []string{".", "volumes", "uppers/volume", filepath.Join(viewsDir, m.viewsName())} {
 		failed = multierror.Append(failed, atomicfile.SweepDead(filepath.Join(m.state, dir)))
+	}
+	return failed.ErrorOrNil()
+}
+
+// sweepManual removes volumes of manual mounts that have ended: by a reboot, or
+// by the death of the command that was making one.
+func (m *Manager) sweepManual(ctx context.Context) error {
+	names, err := m.names(recordSuffix)
+	if err != nil {
+		return err
+	}
+	var failed *multierror.Error
+	for _, name := range names {
+		if r, err := m.readRecord(name); err != nil || !r.Manual {
+			continue // damage is told of by whoever needs the volume
+		}
+		unlock, err := m.lock(ctx, name)
+		if err != nil {
+			return err
+		}
+		err = m.dropManual(ctx, name)
+		unlock()
+		if err != nil {
+			failed = multierror.Append(failed, fmt.Errorf("sweep volume %s: %w", name, err))
+		}
 	}
 	return failed.ErrorOrNil()
 }
@@ -240,31 +267,43 @@ func (m *Manager) sweepRunsOf(ctx context.Context, name string, use kernelUse) e
 		return err
 	}
 	defer unlock()
-	ids, err := os.ReadDir(filepath.Join(m.state, "uppers", "run", name))
+	ids, err := os.ReadDir(filepath.Dir(m.runUpper(name, "x")))
 	if err != nil {
 		return ignoreAbsent(err)
 	}
 	for _, e := range ids {
-		dir := m.runUpper(name, e.Name())
-		if _, err := os.Lstat(m.mountRecordPath(name, e.Name())); err == nil || len(use.holdersOfUpper(dir)) > 0 {
+		if _, err := os.Lstat(m.mountRecordPath(name, e.Name())); err == nil {
 			continue
 		}
 		// A mount of ours that lost its record: the record is void (another
 		// boot id) or was deleted by hand.
-		target := filepath.Join(m.Path(name), e.Name())
-		if mounted, err := overlay.IsMounted(target); err != nil {
-			return err
-		} else if mounted {
-			if err := overlay.Unmount(target); err != nil {
-				m.log.Warn("a mount without a record is held", "volume", name, "target", target, "reason", err)
-				continue
-			}
+		mr := mountRecord{Volume: name, ID: e.Name(), Target: filepath.Join(m.Path(name), e.Name()), Upper: m.runUpper(name, e.Name())}
+		mr.Place, mr.Absorb = m.placeOf(mr.Target), m.absorbs(name)
+		if users := use.users(m, mr); len(users) > 0 {
+			continue
 		}
-		if err := errors.Join(overlay.RemoveUpper(dir), removeEmpty(target)); err != nil {
+		if err := m.unmount(mr.Target); errors.Is(err, errHeld) {
+			m.log.Warn("a mount without a record is held", "volume", name, "target", mr.Target, "reason", err)
+			continue
+		} else if err != nil {
+			return err
+		}
+		if err := m.checkFree(ctx, mr, true, true); errors.Is(err, errHeld) {
+			continue
+		} else if err != nil {
+			return err
+		}
+		if err := errors.Join(m.dropUpper(mr), removeEmpty(mr.Target)); err != nil {
 			return err
 		}
 	}
-	return errors.Join(removeEmpty(filepath.Join(m.state, "uppers", "run", name)), removeEmpty(m.Path(name)))
+	return errors.Join(removeEmpty(filepath.Dir(m.runUpper(name, "x"))), removeEmpty(m.Path(name)), removeEmpty(m.mountsDir(name)))
+}
+
+// absorbs tells whether a volume has the option absorb.
+func (m *Manager) absorbs(name string) bool {
+	r, err := m.readRecord(name)
+	return err == nil && r.Options["absorb"] == "on"
 }
 
 // sweepTargets removes mountpoints on which nothing is mounted.
@@ -274,12 +313,18 @@ func (m *Manager) sweepTargets(ctx context.Context) error {
 		return fmt.Errorf("sweep mountpoints: %w", err)
 	}
 	for _, v := range volumes {
+		if !v.IsDir() || !m.madeFolder(v.Name()) {
+			continue
+		}
 		unlock, err := m.lock(ctx, v.Name())
 		if err != nil {
 			return err
 		}
 		targets, err := os.ReadDir(m.Path(v.Name()))
 		for _, t := range targets {
+			if !m.madeTarget(v.Name(), t.Name()) {
+				continue
+			}
 			// A mountpoint in use is busy, one with files in it is not empty:
 			// both stay.
 			err = errors.Join(err, removeEmpty(filepath.Join(m.Path(v.Name()), t.Name())))
@@ -292,6 +337,34 @@ func (m *Manager) sweepTargets(ctx context.Context) error {
 	}
 	return nil
 }
+
+// madeFolder tells whether a folder below the one for mounts is Larder's. That
+// one may be a folder of the host's with other things in it (Config.Mounts), so
+// a volume or a mount, of this boot or an earlier one, must have the name.
+func (m *Manager) madeFolder(name string) bool {
+	if CheckName(name) != nil {
+		return false
+	}
+	if m.mnt == filepath.Join(m.state, "mnt") || exists(m.recordPath(name)) || exists(filepath.Join(m.state, "volumes", name+removingSuffix)) {
+		return true
+	}
+	of, err := filepath.Glob(filepath.Join(escapeGlob(m.state), "mounts", "*", name))
+	return err == nil && len(of) > 0
+}
+
+// madeTarget tells likewise of a mountpoint in a folder that is Larder's.
+func (m *Manager) madeTarget(name, id string) bool {
+	if m.mnt == filepath.Join(m.state, "mnt") || id == sharedTarget || anonymous.MatchString(id) {
+		return true // an engine's IDs are as its names for volumes without one
+	}
+	of, err := filepath.Glob(filepath.Join(escapeGlob(m.state), "mounts", "*", name, escapeGlob(id)+recordSuffix))
+	return err == nil && len(of) > 0
+}
+
+// escapeGlob quotes what filepath.Glob gives a meaning.
+func escapeGlob(path string) string { return globEscapes.Replace(path) }
+
+var globEscapes = strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`)
 
 // sweepRemoving finishes removals of volumes.
 func (m *Manager) sweepRemoving(ctx context.Context) error {
@@ -315,31 +388,23 @@ func (m *Manager) sweepRemoving(ctx context.Context) error {
 
 // sweepBoots deletes records and views of earlier boots.
 func (m *Manager) sweepBoots(use kernelUse) error {
-	for _, kind := range []string{"mounts", "views"} {
+	for kind, now := range map[string]string{"mounts": m.boot, viewsDir: m.viewsName()} {
 		boots, err := os.ReadDir(filepath.Join(m.state, kind))
 		if err != nil {
 			return fmt.Errorf("sweep %s: %w", kind, err)
 		}
 		for _, b := range boots {
-			dir := filepath.Join(m.state, kind, b.Name())
-			if b.Name() == m.boot || kind == "views" && use.anyViewBelow(dir) {
+			// An upgraded Larder may meet views of this boot under the name
+			// that its predecessor gave them.
+			if b.Name() == now || kind == viewsDir && use.anyViewIn(b.Name()) {
 				continue
 			}
-			if err := disk.RemoveAll(dir); err != nil {
+			if err := disk.RemoveAll(filepath.Join(m.state, kind, b.Name())); err != nil {
 				return fmt.Errorf("sweep %s: %w", kind, err)
 			}
 		}
 	}
 	return nil
-}
-
-func (u kernelUse) anyViewBelow(dir string) bool {
-	for v := range u.views {
-		if strings.HasPrefix(v, dir+"/") {
-			return true
-		}
-	}
-	return false
 }
 
 // Remove deletes a volume and what was written into it. A volume that a
@@ -356,25 +421,35 @@ func (m *Manager) Remove(ctx context.Context, name string) error {
 	if _, err := os.Lstat(m.recordPath(name)); err != nil {
 		return m.notFound(name)
 	}
+	return m.remove(ctx, name)
+}
+
+// remove is Remove with the volume's lock held.
+func (m *Manager) remove(ctx context.Context, name string) error {
 	records, err := m.readMounts(name)
 	if err != nil {
 		return fmt.Errorf("remove volume %s: %w", name, err)
 	}
-	use, err := scanKernel(ctx, m.state, false)
+	use, err := m.scanKernel(ctx)
 	if err != nil {
 		return fmt.Errorf("remove volume %s: %w", name, err)
 	}
-	// Its record may be gone while a container still shows the mount.
-	shared := mountRecord{Volume: name, Target: filepath.Join(m.Path(name), sharedTarget), Upper: m.volumeUpper(name)}
-	if holders := use.holders(shared); len(holders) > 0 {
-		return fmt.Errorf("remove volume %s: %w: process %d shows it at %s", name, ErrInUse, holders[0].PID, holders[0].Mountpoint)
+	all := slices.Clone(records)
+	if upper := m.volumeUpper(name); !slices.ContainsFunc(all, func(mr mountRecord) bool { return mr.Upper == upper }) {
+		// Its record may be gone while a container still shows the mount.
+		lost := mountRecord{Volume: name, Target: filepath.Join(m.Path(name), sharedTarget), Upper: upper}
+		lost.Place = m.placeOf(lost.Target)
+		all = append(all, lost)
 	}
-	for _, mr := range records {
-		if mr.Manual {
+	for _, mr := range all {
+		users := use.users(m, mr)
+		switch {
+		case mr.Manual && !mr.Leaving:
 			return fmt.Errorf("remove volume %s: %w: it is mounted at %s; larder umount ends that", name, ErrInUse, mr.Target)
-		}
-		if len(use.holders(mr)) > 0 {
-			return fmt.Errorf("remove volume %s: %w: a running container shows it", name, ErrInUse)
+		case len(users) > 0:
+			return fmt.Errorf("remove volume %s: %w: process %d shows it at %s", name, ErrInUse, users[0].PID, users[0].Mountpoint)
+		case !m.seesAll() && len(use.of(m, mr)) > 0:
+			return fmt.Errorf("remove volume %s: %w, as far as this process knows: %s; remove it by the engine, or run larder on the host", name, ErrInUse, m.Blind())
 		}
 	}
 	// No container shows any of its mounts: those that are left come from an
@@ -384,8 +459,9 @@ func (m *Manager) Remove(ctx context.Context, name string) error {
 		if err := m.writeMount(mr); err != nil {
 			return fmt.Errorf("remove volume %s: %w", name, err)
 		}
-		// A copy of the host's tree that still holds a run's writes does not
-		// hold up the removal: Reap deletes them when it has gone.
+		// What only copies of the host's tree still hold does not hold up the
+		// removal: Reap finishes it when they have gone. It does likewise where
+		// the plugin, in a mount namespace of its own, must unmount.
 		if err := m.leave(ctx, mr); errors.Is(err, overlay.ErrBusy) {
 			return fmt.Errorf("remove volume %s: %w: %w", name, ErrInUse, err)
 		} else if err != nil && !errors.Is(err, errHeld) {
@@ -413,40 +489,30 @@ func (m *Manager) finishRemove(ctx context.Context, name string) error {
 		// Created anew meanwhile; the upper is the new volume's.
 		return ignoreAbsent(disk.Remove(removing))
 	}
-	use, err := scanKernel(ctx, m.state, false)
-	if err != nil {
-		return err
-	}
-	if len(use.holdersOfUpper(m.volumeUpper(name))) > 0 {
-		return errHeld
-	}
-	if err := overlay.RemoveUpper(m.volumeUpper(name)); err != nil {
-		return err
+	upper := mountRecord{Volume: name, Upper: m.volumeUpper(name)}
+	if exists(upper.Upper) {
+		if err := m.checkFree(ctx, upper, true, true); err != nil {
+			return err
+		}
+		if err := overlay.RemoveUpper(upper.Upper); err != nil {
+			return err
+		}
 	}
 	return ignoreAbsent(disk.Remove(removing))
 }
 
-// Mounts lists the live mounts of all volumes with who shows them.
+// Mounts lists the live mounts of all volumes with who shows them. With an
+// error about records that cannot be read, it gives the others.
 func (m *Manager) Mounts(ctx context.Context) ([]Mounted, error) {
-	names, err := m.mountedNames(m.boot)
+	all, damaged := m.allMounts()
+	use, err := m.scanKernel(ctx)
 	if err != nil {
 		return nil, err
 	}
-	use, err := scanKernel(ctx, m.state, false)
-	if err != nil {
-		return nil, err
+	out := make([]Mounted, len(all))
+	for i, mr := range all {
+		out[i] = mounted(mr)
+		out[i].Holders = use.users(m, mr)
 	}
-	var out []Mounted
-	for _, name := range names {
-		records, err := m.readMounts(name)
-		if err != nil {
-			return nil, err
-		}
-		for _, mr := range records {
-			one := mounted(mr)
-			one.Holders = use.holders(mr)
-			out = append(out, one)
-		}
-	}
-	return out, nil
+	return out, damaged
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -37,6 +38,8 @@ type record struct {
 	// the order of its models: what was written over one version is never laid
 	// over another.
 	Pinned []digest.Digest `json:"pinned,omitempty"`
+	// Manual: made for one manual mount, with which it goes.
+	Manual bool `json:"manual,omitempty"`
 }
 
 // mountRecord is STATE/mounts/BOOT/NAME/ID.json.
@@ -44,10 +47,12 @@ type mountRecord struct {
 	Format   int             `json:"format"`
 	Volume   string          `json:"volume"`
 	ID       string          `json:"id"`
-	Refs     int             `json:"refs"`   // calls of Mount less calls of Unmount
-	Manual   bool            `json:"manual"` // made by a person, who also ends it
-	Target   string          `json:"target"`
-	Upper    string          `json:"upper,omitempty"` // folder of the upper, see overlay.NewUpper
+	Refs     int             `json:"refs"`             // calls of Mount less calls of Unmount
+	Manual   bool            `json:"manual"`           // made by a person, who also ends it
+	Target   string          `json:"target"`           // as the process that mounts calls it
+	Place    string          `json:"place,omitempty"`  // what the mount covers; see mounttable.Namespace.Place
+	Device   string          `json:"device,omitempty"` // MAJOR:MINOR of the mount, once it is made
+	Upper    string          `json:"upper,omitempty"`  // folder of the upper, see overlay.NewUpper
 	View     string          `json:"view"`
 	Versions []digest.Digest `json:"versions"`
 	Time     time.Time       `json:"time"`
@@ -62,10 +67,16 @@ type mountRecord struct {
 	Absorb bool `json:"absorb,omitempty"`
 }
 
-// viewRecord is STATE/views/BOOT/KEY.json: the versions that a view shows.
+// viewRecord is STATE/views/BOOT.ID/KEY.json: the versions that a view shows.
 type viewRecord struct {
 	Versions []digest.Digest `json:"versions"`
 }
+
+// Folders below STATE.
+const (
+	viewsDir  = "views"
+	uppersDir = "uppers"
+)
 
 const (
 	recordSuffix   = ".json"
@@ -89,27 +100,27 @@ func (m *Manager) readRecord(name string) (record, error) {
 		err = fmt.Errorf("it is the record of %.100q", r.Name)
 	}
 	if err != nil {
-		return record{}, &damagedError{path: m.recordPath(name), name: name, err: err}
+		return record{}, &damagedError{
+			text: fmt.Sprintf("volume %s: its record %s cannot be read", name, m.recordPath(name)), err: err,
+			hint: "restore the file from a backup, or remove it and create the volume again; what containers wrote is kept in uppers/volume/" + name,
+		}
 	}
 	return r, nil
 }
 
+// damagedError is about a file of the state that cannot be read.
 type damagedError struct {
-	path, name string
-	err        error
+	text string
+	err  error
+	hint string
 }
 
-func (e *damagedError) Error() string {
-	return fmt.Sprintf("volume %s: its record %s cannot be read: %v", e.name, e.path, e.err)
-}
-
+func (e *damagedError) Error() string        { return e.text + ": " + e.err.Error() }
 func (e *damagedError) Is(target error) bool { return target == ErrDamaged }
 func (e *damagedError) Unwrap() error        { return e.err }
 
 // Hint says what to do next.
-func (e *damagedError) Hint() string {
-	return "restore the file from a backup, or remove it and create the volume again; what containers wrote is kept in uppers/volume/" + e.name
-}
+func (e *damagedError) Hint() string { return e.hint }
 
 // parseRecord reads a volume's record strictly: what it does not understand it
 // does not guess.
@@ -149,7 +160,7 @@ func decodeStrict(data []byte, into any) error {
 	if err := dec.Decode(into); err != nil {
 		return err
 	}
-	if dec.More() {
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return errors.New("text after the JSON object")
 	}
 	return nil
@@ -190,12 +201,24 @@ func (m *Manager) readMount(name, id string) (r mountRecord, ok bool, err error)
 		err = fmt.Errorf("it is the record of mount %.100q of volume %.100q", r.ID, r.Volume)
 	}
 	if err != nil {
-		return r, false, fmt.Errorf("%w: mount %s of volume %s: %s cannot be read: %w", ErrDamaged, id, name, path, err)
+		return r, false, &damagedError{
+			text: fmt.Sprintf("mount %s of volume %s: its record %s cannot be read", id, name, path), err: err,
+			hint: fmt.Sprintf("stop the containers of volume %s, remove the file, and restart larder-plugin, which takes the mount away", name),
+		}
+	}
+	// The state may have another path where the record was written.
+	switch {
+	case r.Upper == "":
+	case filepath.Base(filepath.Dir(filepath.Dir(r.Upper))) == uppersDir:
+		r.Upper = m.volumeUpper(name)
+	default:
+		r.Upper = m.runUpper(name, id)
 	}
 	return r, true, nil
 }
 
-// readMounts reads all mounts of a volume of this boot.
+// readMounts reads all mounts of a volume of this boot. With the error, it
+// gives those whose records can be read.
 func (m *Manager) readMounts(name string) ([]mountRecord, error) {
 	entries, err := os.ReadDir(m.mountsDir(name))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -205,6 +228,7 @@ func (m *Manager) readMounts(name string) ([]mountRecord, error) {
 		return nil, fmt.Errorf("read mounts of volume %s: %w", name, err)
 	}
 	var out []mountRecord
+	var damaged error
 	for _, e := range entries {
 		id, isRecord := strings.CutSuffix(e.Name(), recordSuffix)
 		if !isRecord || atomicfile.IsTemp(e.Name()) {
@@ -212,13 +236,12 @@ func (m *Manager) readMounts(name string) ([]mountRecord, error) {
 		}
 		r, ok, err := m.readMount(name, id)
 		if err != nil {
-			return nil, err
-		}
-		if ok {
+			damaged = errors.Join(damaged, err)
+		} else if ok {
 			out = append(out, r)
 		}
 	}
-	return out, nil
+	return out, damaged
 }
 
 // writeMount replaces a mount's record. It is not made durable: a reboot makes

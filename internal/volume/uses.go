@@ -2,11 +2,11 @@ package volume
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"github.com/opencontainers/go-digest"
 
@@ -41,6 +41,11 @@ func (r records) Uses(context.Context) ([]usage.Use, error) {
 	if err != nil {
 		return nil, err
 	}
+	aside, err := r.m.asideUses()
+	if err != nil {
+		return nil, err
+	}
+	out = append(out, aside...)
 	for _, mr := range mounted {
 		for _, d := range mr.Versions {
 			out = append(out, usage.Use{Version: d, By: fmt.Sprintf("a mount of volume %s at %s", mr.Volume, mr.Target)})
@@ -49,21 +54,21 @@ func (r records) Uses(context.Context) ([]usage.Use, error) {
 	return out, nil
 }
 
-// allMounts reads every mount record of this boot.
+// allMounts reads every mount record of this boot. With the error, it gives
+// those that can be read.
 func (m *Manager) allMounts() ([]mountRecord, error) {
 	names, err := m.mountedNames(m.boot)
 	if err != nil {
 		return nil, err
 	}
 	var out []mountRecord
+	var damaged error
 	for _, name := range names {
 		some, err := m.readMounts(name)
-		if err != nil {
-			return nil, err
-		}
 		out = append(out, some...)
+		damaged = errors.Join(damaged, err)
 	}
-	return out, nil
+	return out, damaged
 }
 
 func (m *Manager) usesOf(name string) ([]usage.Use, error) {
@@ -110,25 +115,25 @@ type mounts struct{ m *Manager }
 func (mounts) Name() string { return "mounts" }
 
 func (s mounts) Uses(ctx context.Context) ([]usage.Use, error) {
-	use, err := scanKernel(ctx, s.m.state, true)
+	if blind := s.m.Blind(); blind != "" {
+		return nil, errors.New(blind + "; run it in the host's PID namespace (docker run --pid=host, hostPID: true)")
+	}
+	use, err := s.m.scanKernel(ctx)
 	if err != nil {
 		return nil, err
 	}
 	var out []usage.Use
-	for dir := range use.views {
-		versions, err := readViewRecord(dir + recordSuffix)
+	for view, holders := range use.views {
+		versions, err := readViewRecord(filepath.Join(s.m.state, view) + recordSuffix)
 		if err != nil {
 			return nil, err
 		}
-		holders := use.view[dir]
-		if len(holders) == 0 {
-			for _, d := range versions {
-				out = append(out, usage.Use{Version: d, By: "a mount on this host"})
-			}
-		}
 		for _, h := range holders {
-			u := usage.Use{By: fmt.Sprintf("process %d, which shows it at %s", h.PID, h.Mountpoint), PID: h.PID}
-			u.Container.ID = usage.ContainerID(h.PID)
+			u := usage.Use{By: "a mount on this host at " + h.Mountpoint}
+			if !h.own {
+				u.By, u.PID = fmt.Sprintf("process %d, which shows it at %s", h.PID, h.Mountpoint), h.PID
+				u.Container.ID = usage.ContainerID(h.PID)
+			}
 			for _, d := range versions {
 				u.Version = d
 				out = append(out, u)
@@ -141,14 +146,20 @@ func (s mounts) Uses(ctx context.Context) ([]usage.Use, error) {
 func readViewRecord(path string) ([]digest.Digest, error) {
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%w: a view is mounted and its record %s is gone, so its versions are not known", ErrDamaged, path)
+		return nil, &damagedError{
+			text: "a view is mounted and its versions are not known", err: err,
+			hint: "restart larder-plugin and start any container on the view's volume: its mount writes the record anew",
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read view record: %w", err)
 	}
 	var r viewRecord
-	if err := json.Unmarshal(data, &r); err != nil {
-		return nil, fmt.Errorf("%w: %s: %w", ErrDamaged, path, err)
+	if err := decodeStrict(data, &r); err != nil {
+		return nil, &damagedError{
+			text: "the record " + path + " of a view that is mounted cannot be read", err: err,
+			hint: "restart larder-plugin and start any container on the view's volume: its mount writes the record anew",
+		}
 	}
 	return r.Versions, nil
 }

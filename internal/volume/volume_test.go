@@ -22,6 +22,7 @@ import (
 	"github.com/larder-project/larder/internal/reference"
 	"github.com/larder-project/larder/internal/store"
 	"github.com/larder-project/larder/internal/testenv"
+	"github.com/larder-project/larder/internal/view"
 )
 
 // node is a store and a state in a folder of the test.
@@ -59,12 +60,16 @@ func (n *node) reopen(boot string) {
 
 func (n *node) publish(name, content string) store.Version {
 	n.t.Helper()
+	return n.publishAs(modelpack.Model{}, name, content)
+}
+
+func (n *node) publishAs(m modelpack.Model, name, content string) store.Version {
+	n.t.Helper()
 	l, err := n.store.NewLease(n.t.Context(), "test", "test")
 	if err != nil {
 		n.t.Fatal(err)
 	}
 	defer l.Release()
-	m := modelpack.Model{}
 	for path, content := range map[string]string{"weights": content, "sub/config.json": "{}"} {
 		d, err := n.store.PutBlob(n.t.Context(), l, []byte(content))
 		if err != nil {
@@ -143,9 +148,9 @@ func (n *node) mustMounts(want int) {
 func (n *node) empty() {
 	n.t.Helper()
 	n.mustMounts(0)
-	for _, dir := range []string{"uppers/run", "uppers/volume", "mounts/" + n.boot, "mnt", "volumes"} {
+	for _, dir := range []string{"uppers/run", "uppers/volume", "uppers/absorb", "mounts/" + n.boot, "mnt", "volumes"} {
 		entries, err := os.ReadDir(filepath.Join(n.state, dir))
-		if err != nil {
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			n.t.Fatal(err)
 		}
 		for _, e := range entries {
@@ -174,9 +179,15 @@ func read(t *testing.T, path string) string {
 // another place, as a container does.
 func container(t *testing.T, source string) (stop func()) {
 	t.Helper()
-	at := t.TempDir()
-	cmd := exec.Command("unshare", "-m", "--propagation", "private", "sh", "-c",
-		fmt.Sprintf("mount --bind %q %q && umount -l %q && echo ready && exec sleep 300", source, at, source))
+	return namespace(t, fmt.Sprintf("mount --bind %q %q && umount -l %q", source, t.TempDir(), source))
+}
+
+// namespace is a process in a mount namespace of its own in which a script has
+// been run.
+func namespace(t *testing.T, script string) (stop func()) {
+	t.Helper()
+	cmd := exec.Command("unshare", "-m", "--propagation", "private", "sh", "-c", script+" && echo ready && exec sleep 300")
+	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -545,6 +556,56 @@ func TestSizeLimitsWhatIsWritten(t *testing.T) {
 		}
 	}
 	n.empty()
+}
+
+// A catalog of an empty store is an empty hub cache: the first container
+// downloads into it.
+func TestCatalogOfAnEmptyStore(t *testing.T) {
+	testenv.NeedRoot(t)
+	n := &node{t: t, root: t.TempDir()}
+	n.reopen("")
+	t.Cleanup(n.unmountAll)
+	n.create("hub", "model=*")
+	dir := n.mount("hub", "a")
+	write(t, dir+"/new", "x")
+	n.unmount("hub", "a")
+	n.publish("m:1", "one")
+	if _, err := os.Stat(n.mount("hub", "b") + "/models--m"); err != nil {
+		t.Errorf("the next run does not see what came in: %v", err)
+	}
+	n.unmount("hub", "b")
+}
+
+// What this host can never mount is refused when it is made, and the refusal
+// says what can be.
+func TestVolumesThatCanNeverBeMountedAreRefused(t *testing.T) {
+	n := newNode(t)
+	n.publish("m:2", "two")
+	refused := func(raw string, words ...string) {
+		t.Helper()
+		err := n.Create(t.Context(), "v", options(raw))
+		if !errors.Is(err, ErrInvalid) && !errors.Is(err, view.ErrInvalid) {
+			t.Errorf("%s: %v, want a refusal", raw, err)
+			return
+		}
+		for _, word := range words {
+			if !strings.Contains(err.Error(), word) {
+				t.Errorf("%s: %v, want that it says %q", raw, err, word)
+			}
+		}
+	}
+	refused("model=m:1,m:2", "layout", "hf")
+	refused("model=m;size=2MiB", "16 MiB", "larder doctor")
+	if err := n.Create(t.Context(), "memory", options("model=m;size=2MiB;upper=tmpfs")); err != nil {
+		t.Errorf("2 MiB of memory: %v", err)
+	}
+	n.method = view.HardLink
+	refused("model=m;uid=7", "uid", "hard links")
+	refused("model=m;mode=0600", "mode", "hard links")
+	if err := n.Create(t.Context(), "plain", options("model=m")); err != nil {
+		t.Errorf("without them: %v", err)
+	}
+	n.mustVolumes("memory", "plain")
 }
 
 func TestManyMountsInParallel(t *testing.T) {

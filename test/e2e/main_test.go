@@ -2,10 +2,12 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 
@@ -35,26 +37,17 @@ func run(m *testing.M) int {
 	programs = dir
 	for _, b := range []struct {
 		program, pkg string
-		race         bool
+		args         []string
 	}{
-		{"larder", "./cmd/larder", false},
-		{"larder-plugin", "./plugin", true},
-		{"larder-plugin-static", "./plugin", false},
-		{"larder-sidecar", "./sidecar", true},
-		{"larder-sidecar-static", "./sidecar", false},
-		{"reader", "./test/e2e/reader", false},
+		{"larder", "./cmd/larder", nil},
+		{"larder-plugin", "./plugin", []string{"-race"}},
+		{"larder-plugin-static", "./plugin", nil},
+		{"larder-sidecar", "./sidecar", []string{"-race"}},
+		{"larder-sidecar-static", "./sidecar", nil},
+		{"reader", "./test/e2e/reader", nil},
 	} {
-		args := []string{"build", "-o", filepath.Join(dir, b.program)}
-		cgo := "CGO_ENABLED=0"
-		if b.race {
-			args, cgo = append(args, "-race"), "CGO_ENABLED=1"
-		}
-		build := exec.Command("go", append(args, b.pkg)...)
-		build.Dir = checkout
-		build.Env = append(os.Environ(), cgo)
-		build.Stdout, build.Stderr = os.Stderr, os.Stderr
-		if err := build.Run(); err != nil {
-			fmt.Fprintf(os.Stderr, "build %s: %v\n", b.pkg, err)
+		if err := build(filepath.Join(dir, b.program), b.pkg, b.args...); err != nil {
+			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
 	}
@@ -69,6 +62,28 @@ func run(m *testing.M) int {
 	}
 	return code
 }
+
+func build(program, pkg string, args ...string) error {
+	cmd := exec.Command("go", append(append([]string{"build", "-o", program}, args...), pkg)...)
+	cmd.Dir = checkout
+	cgo := "CGO_ENABLED=0"
+	if slices.Contains(args, "-race") {
+		cgo = "CGO_ENABLED=1"
+	}
+	cmd.Env = append(os.Environ(), cgo)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("build %s: %w\n%s", pkg, err, out)
+	}
+	return nil
+}
+
+// withFaults are programs that can be told of a reboot that did not happen.
+var withFaults = sync.OnceValues(func() (string, error) {
+	dir := filepath.Join(programs, "faults")
+	return dir, errors.Join(
+		build(filepath.Join(dir, "larder"), "./cmd/larder", "-tags=faults"),
+		build(filepath.Join(dir, "larder-plugin"), "./plugin", "-race", "-tags=faults"))
+})
 
 // checkout is the top of the repository, seen from this package.
 const checkout = "../.."

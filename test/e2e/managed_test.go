@@ -122,6 +122,137 @@ func TestManagedPluginDoesTheJob(t *testing.T) {
 	})
 }
 
+// The plugin and the command line on the host have one state under two paths,
+// and mounts that are made in the plugin's mount namespace alone: what one of
+// them mounts, the other must not delete.
+func TestManagedPluginAndHostHaveOneState(t *testing.T) {
+	ownEngine(t, engine.Options{}, func(t *testing.T, e *engine.Engine) {
+		m := newManaged(t, e)
+		m.importModel("tiny:1.0.0", tiny(46))
+		if plugin, host := link(t, fmt.Sprintf("/proc/%d/ns/pid", m.pid())), link(t, "/proc/self/ns/pid"); plugin != host {
+			t.Errorf("the plugin has the PID namespace %s, the host %s: pidhost is not honoured", plugin, host)
+		}
+		var volumes []string
+		for _, options := range [][]string{{"scope=volume"}, {"scope=run"}, {"access=ro"}} {
+			v := m.volume(strings.ReplaceAll(options[0], "=", "-"), append(options, "model=tiny")...)
+			c := m.start("-v", v+":/models")
+			if options[0] != "access=ro" {
+				m.sh(c, "echo mine > /models/mine")
+			}
+			mounts := m.ps()
+			if len(mounts) != 1 {
+				t.Fatalf("larder ps on the host lists %v, want one mount", mounts)
+			}
+			if users, _ := mounts[0]["users"].([]any); len(users) != 1 || !strings.Contains(fmt.Sprint(users), c[:12]) {
+				t.Errorf("%s: larder ps says it is used by %v, want the container %s", v, users, c)
+			}
+			if out, err := m.larderErr("volume", "rm", v); exitCode(err) != 4 {
+				t.Errorf("larder volume rm of what a container shows: %v, want exit code 4: %s", err, out)
+			}
+			if options[0] != "access=ro" {
+				if got := m.sh(c, "cat /models/mine && echo more > /models/more && ls /models/tokenizer"); got != "mine\nvocab.txt" {
+					t.Errorf("%s: after that the container sees %q", v, got)
+				}
+			}
+			m.docker("rm", "-f", c)
+			volumes = append(volumes, v)
+		}
+		// No container shows them, but the plugin has them mounted: containers
+		// may be about to start. The plugin itself ends that.
+		m.bySocket()
+		for _, v := range volumes {
+			_, err := m.call("VolumeDriver.Mount", map[string]string{"Name": v, "ID": strings.Repeat("ab", 32)})
+			ok(t, err)
+		}
+		if got := m.ps(); len(got) != len(volumes) {
+			t.Errorf("larder ps lists %v, want %d mounts", got, len(volumes))
+		}
+		m.larder(append([]string{"volume", "rm"}, volumes...)...)
+		m.eventually("the plugin takes its mounts away", func() error {
+			if left := m.ps(); len(left) > 0 {
+				return fmt.Errorf("larder ps lists %v", left)
+			}
+			return nil
+		})
+		m.eventually("no writes are left", m.noUppers)
+	})
+}
+
+// bySocket lets call reach the plugin as it runs now.
+func (m *managed) bySocket() {
+	m.t.Helper()
+	m.socket = filepath.Join(fmt.Sprintf("/proc/%d/root", m.pid()), "run/docker/plugins/larder.sock")
+}
+
+func link(t *testing.T, path string) string {
+	t.Helper()
+	to, err := os.Readlink(path)
+	ok(t, err)
+	return to
+}
+
+// What a container of another user downloads is moved into the store, which
+// takes CAP_LEASE, and not copied.
+func TestManagedPluginTakesDownloadsOver(t *testing.T) {
+	ownEngine(t, engine.Options{}, func(t *testing.T, e *engine.Engine) {
+		m := newManaged(t, e)
+		v := m.volume("hub", "model=*", "absorb=on")
+		commit := strings.Repeat("a", 40)
+		script, content := downloadScript("org/new", commit, "weights", 1<<18)
+		c := m.start("--user", "1000", "-v", v+":/hub")
+		m.sh(c, script)
+		written := m.sh(c, "stat -c %i /hub/models--org--new/blobs/"+sha256hex([]byte(content)))
+		m.docker("rm", "-f", c)
+		blob := filepath.Join(m.root, "store/blobs/sha256", sha256hex([]byte(content)))
+		m.eventually("the download is in the store", func() error {
+			_, err := m.larderErr("show", "hf://org/new@"+commit)
+			return err
+		})
+		info, err := os.Stat(blob)
+		ok(t, err)
+		if stat := info.Sys().(*syscall.Stat_t); fmt.Sprint(stat.Ino) != written || stat.Uid != 0 || info.Mode().Perm() != 0o444 {
+			t.Errorf("the blob is inode %d of user %d, mode %v; want the file that was downloaded, %s, as root's and 0444", stat.Ino, stat.Uid, info.Mode(), written)
+		}
+		m.eventually("nothing else is left", m.noUppers)
+		if got := m.run("-v", v+":/hub", engine.Image, "sh", "-c", "sha256sum < /hub/models--org--new/snapshots/"+commit+"/model.safetensors"); !strings.HasPrefix(got, sha256hex([]byte(content))) {
+			t.Errorf("the next container reads %q", got)
+		}
+	})
+}
+
+// The plugin's file system has its program and nothing else, and limits are
+// kept all the same.
+func TestManagedPluginKeepsLimits(t *testing.T) {
+	ownEngine(t, engine.Options{}, func(t *testing.T, e *engine.Engine) {
+		m := newManaged(t, e)
+		m.importModel("tiny", tiny(47))
+		for _, options := range [][]string{{"size=16MiB"}, {"size=16MiB", "upper=tmpfs"}, {"size=600MiB", "scope=volume"}} {
+			name := strings.NewReplacer("=", "-", ",", "-").Replace(strings.Join(options, "-"))
+			v := m.volume(name, append(options, "model=tiny")...)
+			c := m.start("--user", "1000", "-v", v+":/models")
+			m.sh(c, "dd if=/dev/zero of=/models/fits bs=1M count=4 2>/dev/null && sync")
+			out := m.shFails(c, "dd if=/dev/zero of=/models/toobig bs=1M count=700 && sync")
+			if !strings.Contains(out, "No space left") && !strings.Contains(out, "uota exceeded") {
+				t.Errorf("%s: writing beyond the limit printed %q, want that space or quota ran out", v, out)
+			}
+			m.sh(c, "rm /models/toobig; echo again > /models/small")
+			if options[len(options)-1] == "scope=volume" {
+				m.docker("restart", c)
+				if got := m.sh(c, "cat /models/small"); got != "again" {
+					t.Errorf("after a restart the volume keeps %q", got)
+				}
+			}
+			m.docker("rm", "-f", c)
+			m.docker("volume", "rm", v)
+		}
+		m.eventually("no writes are left", m.noUppers)
+		if loops := runProgram(t, os.Environ(), "losetup", "--list", "--noheadings", "--output", "BACK-FILE"); strings.Contains(loops, m.root) {
+			t.Errorf("loop devices are left:\n%s", loops)
+		}
+		m.refused([]string{"16 MiB"}, "volume", "create", "-d", m.driver, "-o", "model=tiny", "-o", "size=2MiB", m.unique("small"))
+	})
+}
+
 func TestManagedPluginKilled(t *testing.T) {
 	ownEngine(t, engine.Options{}, func(t *testing.T, e *engine.Engine) {
 		m := newManaged(t, e)
@@ -240,44 +371,65 @@ func TestManagedPluginUpgraded(t *testing.T) {
 }
 
 // A managed plugin that is slow to listen is disabled after four tries, the
-// first after half a second. So the plugin listens at once, and does what
-// takes long behind it.
-func TestPluginListensAtOnce(t *testing.T) {
-	eachEngine(t, func(t *testing.T, e *engine.Engine) {
-		n := newNode(t, e)
-		n.importModel("tiny", tiny(45))
-		n.startPlugin()
-		const count = 300
-		for i := range count {
-			name := n.unique(fmt.Sprintf("v%03d", i))
-			if _, err := n.call("VolumeDriver.Create", map[string]any{"Name": name, "Opts": map[string]string{"model": "tiny"}}); err != nil {
+// first after half a second. So the plugin listens at once, and does what takes
+// long behind it, whatever there is to tidy up.
+func TestManagedPluginListensAtOnce(t *testing.T) {
+	ownEngine(t, engine.Options{}, func(t *testing.T, e *engine.Engine) {
+		m := newManaged(t, e)
+		m.importModel("tiny", tiny(45))
+		const volumes, mounts = 400, 200
+		m.bySocket()
+		name := func(i int) string { return m.unique(fmt.Sprintf("v%03d", i)) }
+		for i := range volumes {
+			if _, err := m.call("VolumeDriver.Create", map[string]any{"Name": name(i), "Opts": map[string]string{"model": "tiny"}}); err != nil {
 				t.Fatal(err)
 			}
-			if i >= 100 {
+			if i >= mounts {
 				continue
 			}
-			if _, err := n.call("VolumeDriver.Mount", map[string]string{"Name": name, "ID": fmt.Sprintf("%064x", i)}); err != nil {
+			if _, err := m.call("VolumeDriver.Mount", map[string]string{"Name": name(i), "ID": fmt.Sprintf("%064x", i)}); err != nil {
 				t.Fatal(err)
 			}
 		}
-		n.killPlugin()
-		_ = os.Remove(n.socket)
+		// Killed, it has all its mounts still; disabled, none of them and all
+		// the records.
+		began := len(e.LogTail(1 << 20))
+		old := m.pid()
+		ok(t, syscall.Kill(old, syscall.SIGKILL))
+		m.eventually("the engine has started it again, and it answers", func() error {
+			if m.pid() == old {
+				return errors.New("it is the old one")
+			}
+			m.bySocket()
+			_, err := m.call("VolumeDriver.Get", map[string]string{"Name": name(0)})
+			return err
+		})
+		m.docker("plugin", "disable", "-f", m.name)
 		begin := time.Now()
-		n.plugin = n.spawn(filepath.Join(programs, "larder-plugin-static"), nil, nil, "--root", n.root, "--socket", n.socket)
-		n.waitPlugin()
-		if took := time.Since(begin); took > 500*time.Millisecond {
-			t.Errorf("with %d volumes and 100 mounts the plugin answers after %s", count, took)
+		m.docker("plugin", "enable", m.name)
+		if took := time.Since(begin); took > 3*time.Second {
+			t.Errorf("with %d volumes and %d mounts, docker plugin enable took %s", volumes, mounts, took)
 		}
-		for i := range count {
-			name := n.unique(fmt.Sprintf("v%03d", i))
-			if i < 100 {
-				if _, err := n.call("VolumeDriver.Unmount", map[string]string{"Name": name, "ID": fmt.Sprintf("%064x", i)}); err != nil {
+		if got := m.docker("plugin", "inspect", "--format", "{{.Enabled}}", m.name); got != "true" {
+			t.Errorf("the plugin is enabled: %s", got)
+		}
+		if log := grep(e.LogTail(1 << 20)[began:], "retrying"); log != "" {
+			t.Errorf("the engine found nobody listening:\n%s", log)
+		}
+		if got := strings.Count(m.docker("volume", "ls", "-q", "--filter", "driver="+m.name), "\n") + 1; got != volumes {
+			t.Errorf("docker volume ls has %d volumes, want %d", got, volumes)
+		}
+		m.bySocket()
+		for i := range volumes {
+			if i < mounts {
+				if _, err := m.call("VolumeDriver.Unmount", map[string]string{"Name": name(i), "ID": fmt.Sprintf("%064x", i)}); err != nil {
 					t.Fatal(err)
 				}
 			}
-			if _, err := n.call("VolumeDriver.Remove", map[string]string{"Name": name}); err != nil {
+			if _, err := m.call("VolumeDriver.Remove", map[string]string{"Name": name(i)}); err != nil {
 				t.Fatal(err)
 			}
 		}
+		m.eventually("no writes are left", m.noUppers)
 	})
 }

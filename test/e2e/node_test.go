@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"os"
@@ -40,6 +41,7 @@ type node struct {
 	driver string
 	socket string
 	label  string // on every container
+	bin    string // folder of the programs
 	env    []string
 
 	plugin *process
@@ -55,7 +57,7 @@ func newNode(t *testing.T, e *engine.Engine) *node {
 	rand.Read(id)
 	driver := "larder-" + hex.EncodeToString(id)
 	n := &node{
-		t: t, e: e, root: root, driver: driver, label: "node=" + driver,
+		t: t, e: e, root: root, driver: driver, label: "node=" + driver, bin: programs,
 		socket: "/run/docker/plugins/" + driver + ".sock",
 	}
 	t.Cleanup(n.close)
@@ -206,7 +208,7 @@ func (n *node) kubelet() string { return filepath.Join(n.root, "kubelet") }
 // startPlugin starts the plugin and returns when its socket answers.
 func (n *node) startPlugin() {
 	n.t.Helper()
-	n.plugin = n.spawn(filepath.Join(programs, "larder-plugin"), nil, nil, "--root", n.root, "--socket", n.socket)
+	n.plugin = n.spawn(filepath.Join(n.bin, "larder-plugin"), nil, nil, "--root", n.root, "--socket", n.socket)
 	n.waitPlugin()
 }
 
@@ -295,7 +297,7 @@ func (n *node) larder(args ...string) string {
 }
 
 func (n *node) larderErr(args ...string) (string, error) {
-	cmd := exec.CommandContext(n.t.Context(), filepath.Join(programs, "larder"), append([]string{"--root", n.root}, args...)...)
+	cmd := exec.CommandContext(n.t.Context(), filepath.Join(n.bin, "larder"), append([]string{"--root", n.root}, args...)...)
 	cmd.Env = append(n.environ(), n.env...)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
@@ -420,15 +422,19 @@ func (n *node) nothingMounted() error {
 }
 
 // noUppers tells whether nothing that containers wrote is left: neither of a
-// run (uppers/run/VOLUME/ID) nor of a volume (uppers/volume/VOLUME).
+// run (uppers/run/VOLUME/ID), nor of a volume (uppers/volume/VOLUME), nor what
+// is to be taken over (uppers/absorb/VOLUME).
 func (n *node) noUppers() error {
-	for _, kind := range []string{"run", "volume"} {
+	for _, kind := range []string{"run", "volume", "absorb"} {
 		left, err := os.ReadDir(filepath.Join(n.root, "node", "uppers", kind))
+		if errors.Is(err, fs.ErrNotExist) && kind == "absorb" {
+			continue
+		}
 		if err != nil {
 			return err
 		}
 		if len(left) > 0 {
-			return fmt.Errorf("what %d %ss wrote is left, the first is %s", len(left), kind, left[0].Name())
+			return fmt.Errorf("uppers/%s has %d entries, the first is %s", kind, len(left), left[0].Name())
 		}
 	}
 	return nil

@@ -1,5 +1,3 @@
-//go:build faults
-
 package overlay
 
 import (
@@ -7,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -19,6 +16,10 @@ import (
 // the next one takes up or takes away: no mount, no loop device and no project
 // id is lost.
 func TestUpperDeathAtEveryStep(t *testing.T) {
+	if victim := testenv.Child(); victim != "" {
+		die(t, victim)
+		return
+	}
 	onLimits(t, func(t *testing.T, h *host, dir string, limit Limit) {
 		upper := filepath.Join(h.state, "upper")
 		for _, what := range []string{"make", "remove"} {
@@ -70,6 +71,10 @@ func TestUpperDeathAtEveryStep(t *testing.T) {
 
 // The same for a probe.
 func TestProbeDeathAtEveryStep(t *testing.T) {
+	if victim := testenv.Child(); victim != "" {
+		die(t, victim)
+		return
+	}
 	h := newHost(t, testenv.LoopFS(t, "ext4", 64<<20).Dir)
 	for step := 1; ; step++ {
 		killed := dies(t, step, "probe", "", "", h, Limit{})
@@ -91,23 +96,13 @@ func TestProbeDeathAtEveryStep(t *testing.T) {
 // far.
 func dies(t *testing.T, step int, what, upper, viewDir string, h *host, limit Limit) bool {
 	t.Helper()
-	cmd := exec.Command(os.Args[0], "-test.run=^TestVictim$")
-	cmd.Env = append(os.Environ(), fmt.Sprintf("LARDER_FAULT=kill:%d", step),
-		strings.Join([]string{"LARDER_TEST_VICTIM=" + what, upper, viewDir, h.state, h.blobs, fmt.Sprint(limit.Bytes), string(limit.Backend)}, "|"))
-	out, err := cmd.CombinedOutput()
-	killed := err != nil && cmd.ProcessState.ExitCode() == -1
-	if err != nil && !killed {
-		t.Fatalf("%s, step %d: %v\n%s", what, step, err, out)
-	}
-	return killed
+	victim := strings.Join([]string{what, upper, viewDir, h.state, h.blobs, fmt.Sprint(limit.Bytes), string(limit.Backend)}, "|")
+	return testenv.Rerun(t, victim, fmt.Sprintf("kill:%d", step))
 }
 
-// TestVictim is the process that dies.
-func TestVictim(t *testing.T) {
-	if os.Getenv("LARDER_TEST_VICTIM") == "" {
-		return // it is run by the tests above
-	}
-	a := strings.Split(os.Getenv("LARDER_TEST_VICTIM"), "|")
+// die is what the process does that dies.
+func die(t *testing.T, victim string) {
+	a := strings.Split(victim, "|")
 	var err error
 	switch a[0] {
 	case "make":

@@ -1,5 +1,3 @@
-//go:build faults
-
 package view
 
 import (
@@ -7,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 
@@ -23,7 +20,7 @@ func TestBuildKilledAtEveryStep(t *testing.T) {
 	tree := func() Tree {
 		return plan(t, Spec{Layout: HF, Models: []Model{model("x", file("a", contents[0]), file("b/c", contents[1]))}})
 	}
-	if store := os.Getenv("LARDER_TEST_STORE"); store != "" {
+	if store := testenv.Child(); store != "" {
 		if err := Build(t.Context(), filepath.Join(filepath.Dir(store), "view"), tree(), Lower, store); err != nil {
 			t.Fatal(err)
 		}
@@ -32,13 +29,7 @@ func TestBuildKilledAtEveryStep(t *testing.T) {
 	for step := 1; ; step++ {
 		store := blobs(t, contents...)
 		dir := filepath.Join(filepath.Dir(store), "view")
-		cmd := exec.Command(os.Args[0], "-test.run=^TestBuildKilledAtEveryStep$")
-		cmd.Env = append(os.Environ(), "LARDER_TEST_STORE="+store, fmt.Sprintf("LARDER_FAULT=kill:%d", step))
-		out, err := cmd.CombinedOutput()
-		killed := err != nil && cmd.ProcessState.ExitCode() == -1
-		if err != nil && !killed {
-			t.Fatalf("step %d: %v\n%s", step, err, out)
-		}
+		killed := testenv.Rerun(t, store, fmt.Sprintf("kill:%d", step))
 		if _, err := os.Lstat(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			t.Fatal(err)
 		} else if err == nil {
