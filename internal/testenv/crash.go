@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -56,7 +57,7 @@ func rerun(t *testing.T, dir, fault string, failed int, env ...string) (stopped 
 	if err != nil {
 		t.Fatal(err)
 	}
-	only := "^" + strings.ReplaceAll(t.Name(), "/", "$/^") + "$"
+	only := "^" + strings.ReplaceAll(regexp.QuoteMeta(t.Name()), "/", "$/^") + "$"
 	cmd := exec.Command(fmt.Sprintf("/proc/self/fd/%d", program.Fd()), "-test.run="+only, "-test.count=1", "-test.timeout=60s")
 	cmd.Env = append(append(os.Environ(), env...), childDir+"="+dir, "LARDER_FAULT="+fault)
 	out, err := cmd.CombinedOutput()
