@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 
 	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
@@ -81,12 +80,12 @@ func (m *Manager) viewMounts(table string) (map[int]string, error) {
 		return nil, err
 	}
 	defer f.Close()
-	views := filepath.Join(m.state, "views") + "/"
 	out := map[int]string{}
 	_, err = mountinfo.GetMountsFromReader(f, func(i *mountinfo.Info) (skip, stop bool) {
 		if i.FSType == "overlay" {
-			if view, _ := overlayFolders(i.VFSOptions); strings.HasPrefix(view, views) {
-				out[i.ID] = view
+			dir, _ := overlayFolders(i.VFSOptions)
+			if view, _, ours := m.ourView(dir); ours {
+				out[i.ID] = filepath.Join(m.state, view)
 			}
 		}
 		return true, false

@@ -123,6 +123,7 @@ func (s mounts) Uses(ctx context.Context) ([]usage.Use, error) {
 		return nil, err
 	}
 	var out []usage.Use
+	containers := map[int]string{} // by process: one may show many views
 	for view, holders := range use.views {
 		versions, err := readViewRecord(filepath.Join(s.m.state, view) + recordSuffix)
 		if err != nil {
@@ -132,7 +133,12 @@ func (s mounts) Uses(ctx context.Context) ([]usage.Use, error) {
 			u := usage.Use{By: "a mount on this host at " + h.Mountpoint}
 			if !h.own {
 				u.By, u.PID = fmt.Sprintf("process %d, which shows it at %s", h.PID, h.Mountpoint), h.PID
-				u.Container.ID = usage.ContainerID(h.PID)
+				id, known := containers[h.PID]
+				if !known {
+					id = usage.ContainerID(h.PID)
+					containers[h.PID] = id
+				}
+				u.Container.ID = id
 			}
 			for _, d := range versions {
 				u.Version = d
