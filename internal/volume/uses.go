@@ -153,7 +153,7 @@ func readViewRecord(path string) ([]digest.Digest, error) {
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, &damagedError{
-			text: "a view is mounted and its versions are not known", err: err,
+			text: "a view is mounted, and its record, which says of what versions, cannot be read", err: err,
 			hint: "restart larder-plugin and start any container on the view's volume: its mount writes the record anew",
 		}
 	}
