@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 
 	"github.com/docker/go-units"
+	"golang.org/x/time/rate"
 
 	"github.com/larder-project/larder/internal/config"
 	"github.com/larder-project/larder/internal/pull"
@@ -42,7 +43,8 @@ type fetch struct {
 
 func newPuller(ctx context.Context, st *store.Store, cfg config.Config, log *slog.Logger) *puller {
 	p := &puller{ctx: ctx, st: st, cfg: cfg, log: log, running: map[string]*fetch{}}
-	p.src = func(ref reference.Reference) (source.Source, error) { return hubSource(cfg, ref) }
+	pace := huggingface.PerMinute(cfg.HubCalls)
+	p.src = func(ref reference.Reference) (source.Source, error) { return hubSource(cfg, pace, ref) }
 	return p
 }
 
@@ -109,13 +111,13 @@ func (f *fetch) Have(_ string, n int64)  { f.there.Add(n) }
 func (f *fetch) Done(string, pull.How)   {}
 
 // hubSource is the repository of a hub that a reference names.
-func hubSource(cfg config.Config, ref reference.Reference) (source.Source, error) {
+func hubSource(cfg config.Config, pace *rate.Limiter, ref reference.Reference) (source.Source, error) {
 	token, err := hubToken(cfg)
 	if err != nil {
 		return nil, err
 	}
 	return huggingface.New(huggingface.Options{
-		Endpoint: cfg.HubEndpoint, Token: token, Repo: ref.Repo, Revision: ref.Revision, UserAgent: "larder-plugin/" + version,
+		Endpoint: cfg.HubEndpoint, Token: token, Repo: ref.Repo, Revision: ref.Revision, UserAgent: "larder-plugin/" + version, Pace: pace,
 	})
 }
 

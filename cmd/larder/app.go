@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/time/rate"
 
 	"github.com/larder-project/larder/internal/clock"
 	"github.com/larder-project/larder/internal/config"
@@ -29,6 +30,7 @@ type app struct {
 	cfg  *config.Config  // by config()
 	st   *store.Store    // by store()
 	vols *volume.Manager // by volumes()
+	pace *rate.Limiter   // by hubPace()
 }
 
 func (a *app) root() *cobra.Command {

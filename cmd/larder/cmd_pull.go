@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/time/rate"
 
 	"github.com/larder-project/larder/internal/config"
 	"github.com/larder-project/larder/internal/progress"
@@ -93,12 +94,21 @@ func (a *app) hub(c config.Config, ref reference.Reference, include, exclude []s
 		Repo: ref.Repo, Revision: ref.Revision,
 		Include: include, Exclude: exclude,
 		UserAgent: "larder/" + thisBuild().Version,
+		Pace:      a.hubPace(c),
 		OnWait:    waits(m),
 	})
 	if err != nil {
 		return nil, &usageError{err: err} // New has asked nobody: it is the request that is wrong
 	}
 	return src, nil
+}
+
+// hubPace is one for all models of a command.
+func (a *app) hubPace(c config.Config) *rate.Limiter {
+	if a.pace == nil {
+		a.pace = huggingface.PerMinute(c.HubCalls)
+	}
+	return a.pace
 }
 
 // token is what the setting hub.token-file names, else what the hub's own

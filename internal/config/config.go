@@ -43,6 +43,7 @@ type Config struct {
 	Jobs   int    // how many files or ranges are fetched at the same time
 
 	HubEndpoint  string // base URL of the Hugging Face hub
+	HubCalls     int    // most calls to the hub in a minute; 0: no limit of ours
 	HubTokenFile string // file with the hub's token; empty: where the hub's own client keeps it
 
 	// Who knows what is in use. Records and mount tables are always asked.
@@ -125,6 +126,9 @@ func Keys() []Key {
 		{Name: "hub.token-file", Env: []string{"LARDER_HUB_TOKEN_FILE"}, kind: path,
 			Usage: "file with the hub's token (default: HF_TOKEN, else where the hub's own client keeps it)",
 			set:   setPath(func(c *Config, v string) { c.HubTokenFile = v })},
+		{Name: "hub.calls-per-minute", Env: []string{"LARDER_HUB_CALLS_PER_MINUTE"}, Default: "0", kind: number,
+			Usage: "how often the hub is asked at most by one process; 0: as often as it allows",
+			set:   setHubCalls},
 		{Name: "docker.host", Env: []string{"LARDER_DOCKER_HOST", "DOCKER_HOST"}, Default: "unix:///var/run/docker.sock",
 			Usage: "the engine's API, asked for containers",
 			set:   setDockerHost},
@@ -315,6 +319,15 @@ func setJobs(c *Config, v string) error {
 		return fmt.Errorf("%.100q is not a number from 1 to %d", v, MaxJobs)
 	}
 	c.Jobs = n
+	return nil
+}
+
+func setHubCalls(c *Config, v string) error {
+	n, err := strconv.Atoi(v)
+	if err != nil || n < 0 {
+		return fmt.Errorf("%.100q is not a number of calls", v)
+	}
+	c.HubCalls = n
 	return nil
 }
 

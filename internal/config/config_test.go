@@ -51,7 +51,7 @@ func TestFlagsBeatEnvironmentBeatsFileBeatsDefaults(t *testing.T) {
 	}
 	want := map[string]string{
 		"root": "flag --root", "store": "default", "state": "LARDER_STATE", "socket": "default",
-		"node": in("3"), "jobs": in("4"), "hub.endpoint": "HF_ENDPOINT", "hub.token-file": "default", "docker.host": "default",
+		"node": in("3"), "jobs": in("4"), "hub.calls-per-minute": "default", "hub.endpoint": "HF_ENDPOINT", "hub.token-file": "default", "docker.host": "default",
 		"docker.drivers": "default", "containerd.address": "default", "gpu.helper": "default", "csi.kubelet": "default",
 		"usage.docker": in("8"), "usage.containerd": "LARDER_USAGE_CONTAINERD", "usage.gpu": "default", "usage.csi": "default",
 		"policy": "default", "sidecar.listen": in("10"), "sidecar.allow-remote": "LARDER_SIDECAR_ALLOW_REMOTE",

@@ -13,6 +13,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/larder-project/larder/internal/source"
 )
 
@@ -39,10 +41,20 @@ type client struct {
 	backoff   time.Duration
 	maxWait   time.Duration
 	idle      time.Duration
+	pace      *rate.Limiter
 	onWait    func(string, time.Duration, error)
 
 	mu   sync.Mutex
 	hold time.Time // the hub asked for no request before this
+}
+
+// PerMinute is a pace for Options: so many calls a minute, of which a tenth may
+// come at once. 0 gives none.
+func PerMinute(calls int) *rate.Limiter {
+	if calls <= 0 {
+		return nil
+	}
+	return rate.NewLimiter(rate.Limit(float64(calls)/60), max(1, calls/10))
 }
 
 func newClient(o Options) (*client, error) {
@@ -68,6 +80,7 @@ func newClient(o Options) (*client, error) {
 		backoff:   o.Backoff,
 		maxWait:   o.MaxWait,
 		idle:      o.Idle,
+		pace:      o.Pace,
 		onWait:    o.OnWait,
 	}
 	if c.transport == nil {
@@ -234,6 +247,11 @@ func (c *client) once(ctx context.Context, u *url.URL, header http.Header, seen 
 		if atHub {
 			if err := c.waitForHold(ctx); err != nil {
 				return give(&failure{err: err})
+			}
+			if c.pace != nil {
+				if err := c.pace.Wait(ctx); err != nil {
+					return give(&failure{err: err})
+				}
 			}
 		}
 		req := (&http.Request{

@@ -25,6 +25,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/larder-project/larder/internal/modelpack"
 	"github.com/larder-project/larder/internal/reference"
 	"github.com/larder-project/larder/internal/source"
@@ -47,6 +49,10 @@ type Options struct {
 	Backoff   time.Duration // before the first retry, doubled for each further one; 500 ms
 	MaxWait   time.Duration // longest wait that a hub may ask for; 6 minutes, one window of its rate limit
 	Idle      time.Duration // longest time without a byte; 30 s
+
+	// Pace bounds how often the hub itself is asked, beside what it says of
+	// its own limits. Sources that share one are bounded together; nil: none.
+	Pace *rate.Limiter
 
 	// OnWait, if set, is told before each wait: what waits, how long and why.
 	// It is called from several goroutines.

@@ -984,3 +984,27 @@ func TestMetadata(t *testing.T) {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 }
+
+// A pace is kept by all sources that share it, and it counts what is asked of
+// the hub, not what redirects fetch elsewhere.
+func TestPaceBoundsCallsToTheHub(t *testing.T) {
+	hub := serve(t, hubtest.Options{Direct: true})
+	pace := PerMinute(600) // ten a second, of which sixty may come at once
+	if !pace.AllowN(time.Now(), 60) {
+		t.Fatal("the burst is smaller than a tenth")
+	}
+	src := connect(t, hub, func(o *Options) { o.Pace = pace })
+	begin := time.Now()
+	w := file(t, src, weights) // two calls: revision and tree
+	for i := range 3 {
+		if _, err := readRange(t.Context(), src, w, int64(i*10), 10); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if d := time.Since(begin); d < 400*time.Millisecond {
+		t.Errorf("five calls at ten a second took %s", d)
+	}
+	if PerMinute(0) != nil {
+		t.Error("no limit is a limit")
+	}
+}
