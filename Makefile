@@ -93,7 +93,7 @@ lint:
 
 .PHONY: install
 install: build ## programs, systemd units, shell completion
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(UNITDIR)
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(UNITDIR) $(DESTDIR)/etc/larder
 	install -m 0755 $(addprefix bin/,$(PROGRAMS)) $(wildcard bin/larder-gpu) $(DESTDIR)$(PREFIX)/bin/
 	for unit in larder-plugin.socket larder-plugin.service larder-sidecar.service; do \
 		sed 's|/usr/local/bin/|$(PREFIX)/bin/|g' deploy/systemd/$$unit > $(DESTDIR)$(UNITDIR)/$$unit; \
