@@ -114,11 +114,7 @@ func (c *Collector) executeBatch(ctx context.Context, batch []retention.Decision
 		c.known().update(entries)
 	}
 	var out []Outcome
-	err := c.Store.Exclusive(ctx, func(x *store.Exclusive) error {
-		r, err := c.certain(ctx, x)
-		if err != nil {
-			return err
-		}
+	err := c.exclusive(ctx, func(x *store.Exclusive, r roots) error {
 		used, err := c.Store.LastUsed()
 		if err != nil {
 			return err
@@ -259,11 +255,7 @@ func (c *Collector) DropLeftovers(ctx context.Context, l Leftovers, limit store.
 func (c *Collector) dropBlobs(ctx context.Context, blobs []store.Blob) (freed int64, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	err = c.Store.Exclusive(ctx, func(x *store.Exclusive) error {
-		r, err := c.certain(ctx, x)
-		if err != nil {
-			return err
-		}
+	err = c.exclusive(ctx, func(x *store.Exclusive, r roots) error {
 		g := c.known()
 		g.update(x.Index())
 		if err := g.unreadable(nil); err != nil {

@@ -113,22 +113,25 @@ func (c *Collector) known() *graph {
 	return c.graph
 }
 
-// sourcesTime bounds how long sources are asked while the store is locked:
-// mounts wait meanwhile.
-const sourcesTime = 20 * time.Second
+// How long sources may take: before anything is locked, and while the store is
+// and mounts wait.
+const (
+	askTime    = 20 * time.Second
+	lockedTime = 5 * time.Second
+)
 
 // roots are all reasons for versions and blobs to stay, gathered at one moment.
 type roots struct {
 	uses   map[digest.Digest][]usage.Use // other nodes' among them
 	here   map[digest.Digest]bool        // versions that this node uses
 	pins   map[digest.Digest]store.Pin
-	leased map[digest.Digest]string
+	leased map[digest.Digest]string // digests that running pulls rely on
+	leases []store.LiveLease
 }
 
-// gather asks all roots, with the store's lock held. failed are the sources
-// that could not tell: the rest is then no ground to remove anything.
-func (c *Collector) gather(ctx context.Context, x *store.Exclusive) (r roots, failed []*usage.Error, err error) {
-	ctx, cancel := context.WithTimeout(ctx, sourcesTime)
+// ask asks the sources, and nothing that is the store's own.
+func (c *Collector) ask(ctx context.Context, limit time.Duration) (r roots, failed []*usage.Error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	r = roots{uses: map[digest.Digest][]usage.Use{}, here: map[digest.Digest]bool{}}
 	uses, failed := usage.Gather(ctx, c.Sources)
@@ -136,32 +139,61 @@ func (c *Collector) gather(ctx context.Context, x *store.Exclusive) (r roots, fa
 		r.uses[u.Version] = append(r.uses[u.Version], u)
 		r.here[u.Version] = true
 	}
+	return r, failed
+}
+
+// fromStore adds what the store itself knows: other nodes, pins, leases.
+func (r *roots) fromStore(c *Collector, x *store.Exclusive) error {
 	nodes, err := c.Store.Users()
 	if err != nil {
-		return r, failed, err
+		return err
 	}
 	for version, names := range nodes {
 		for _, name := range names {
 			if name != c.Node {
-				r.uses[version] = append(r.uses[version], usage.Use{Version: version, Source: "nodes", By: "node " + name})
+				r.uses[version] = append(r.uses[version], usage.Use{Version: version, Source: otherNodes, By: "node " + name})
 			}
 		}
 	}
 	if r.pins, err = c.Store.Pins(); err != nil {
-		return r, failed, err
+		return err
+	}
+	if r.leases, err = x.Leases(); err != nil {
+		return err
 	}
 	r.leased, err = x.Leased()
-	return r, failed, err
+	return err
 }
 
-// certain is gather where a source that fails is an error.
+// otherNodes is the source of uses that other nodes of a shared store have
+// recorded in it.
+const otherNodes = "nodes"
+
+// certain gathers all roots while the store is locked, so that none can come
+// that is not seen. A source that fails is an error.
 func (c *Collector) certain(ctx context.Context, x *store.Exclusive) (roots, error) {
-	r, failed, err := c.gather(ctx, x)
+	r, failed := c.ask(ctx, lockedTime)
 	if len(failed) > 0 {
-		err = failed[0]
+		return r, fmt.Errorf("%w; nothing was removed", failed[0])
 	}
-	if err != nil {
+	if err := r.fromStore(c, x); err != nil {
 		return r, fmt.Errorf("%w; nothing was removed", err)
 	}
 	return r, nil
+}
+
+// exclusive runs f with all roots and the store locked. The sources are asked
+// once before: one that fails, or that takes its time, is then known before any
+// mount has to wait for it.
+func (c *Collector) exclusive(ctx context.Context, f func(*store.Exclusive, roots) error) error {
+	if _, failed := c.ask(ctx, askTime); len(failed) > 0 {
+		return fmt.Errorf("%w; nothing was removed", failed[0])
+	}
+	return c.Store.Exclusive(ctx, func(x *store.Exclusive) error {
+		r, err := c.certain(ctx, x)
+		if err != nil {
+			return err
+		}
+		return f(x, r)
+	})
 }

@@ -3,6 +3,7 @@ package gc
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -80,21 +81,21 @@ func (c *Collector) look(ctx context.Context) (*Inventory, error) {
 		c.known().update(entries)
 	}
 	inv := &Inventory{Time: c.Time(), byDigest: map[digest.Digest]int{}}
-	var r roots
+	r, failed := c.ask(ctx, askTime)
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	var entries []v1.Descriptor
 	g := c.known()
 	err := c.Store.Exclusive(ctx, func(x *store.Exclusive) (err error) {
 		entries = x.Index()
 		g.update(entries)
-		if r, inv.Failed, err = c.gather(ctx, x); err != nil {
-			return err
-		}
-		inv.Leases, err = x.Leases()
-		return err
+		return r.fromStore(c, x)
 	})
 	if err != nil {
 		return nil, err
 	}
+	inv.Failed, inv.Leases = failed, r.leases
 	used, err := c.Store.LastUsed()
 	if err != nil {
 		return nil, err
@@ -249,23 +250,45 @@ func (c *Collector) Note(ctx context.Context, inv *Inventory) error {
 	if len(inv.Failed) > 0 {
 		return nil
 	}
-	err := c.Store.Exclusive(ctx, func(x *store.Exclusive) error {
-		r, err := c.certain(ctx, x)
-		if err != nil {
-			return err
-		}
+	noted, err := c.noted(inv)
+	if err != nil || noted {
+		return err
+	}
+	err = c.exclusive(ctx, func(x *store.Exclusive, r roots) error {
 		for d := range r.here {
 			if err := c.Store.Use(c.Node, d); err != nil {
 				return err
 			}
 		}
-		if err := x.Forget(c.Node, r.here); err != nil {
-			return err
-		}
-		return x.ForgetUsage()
+		return x.Forget(c.Node, r.here)
 	})
 	if err != nil {
 		return fmt.Errorf("record what this node uses: %w", err)
 	}
 	return nil
+}
+
+// noted tells whether the store's records of what this node uses are as the
+// inventory has it: as a rule they are, and nothing need be locked.
+func (c *Collector) noted(inv *Inventory) (bool, error) {
+	users, err := c.Store.Users()
+	if err != nil {
+		return false, fmt.Errorf("record what this node uses: %w", err)
+	}
+	recorded := 0
+	for _, nodes := range users {
+		if slices.Contains(nodes, c.Node) {
+			recorded++
+		}
+	}
+	for _, v := range inv.Versions {
+		if !slices.ContainsFunc(v.Uses, func(u usage.Use) bool { return u.Source != otherNodes }) {
+			continue
+		}
+		if !slices.Contains(users[v.Digest], c.Node) {
+			return false, nil
+		}
+		recorded--
+	}
+	return recorded == 0, nil
 }

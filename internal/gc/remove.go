@@ -64,7 +64,7 @@ func (c *Collector) Remove(ctx context.Context, names []reference.Reference, o O
 		c.known().update(entries)
 	}
 	var result Result
-	err = c.Store.Exclusive(ctx, func(x *store.Exclusive) error {
+	err = c.exclusive(ctx, func(x *store.Exclusive, r roots) error {
 		gone, err := selectEntries(c.Store, x.Index(), names)
 		if errors.Is(err, store.ErrNotFound) {
 			if r, ok := removedBefore(c.Store, finished, names); ok {
@@ -72,10 +72,6 @@ func (c *Collector) Remove(ctx context.Context, names []reference.Reference, o O
 				return nil
 			}
 		}
-		if err != nil {
-			return err
-		}
-		r, err := c.certain(ctx, x)
 		if err != nil {
 			return err
 		}

@@ -90,8 +90,10 @@ func (c *Collector) Condemn(ctx context.Context, before time.Time) ([]store.Remo
 		if err := x.Tidy(); err != nil {
 			return err
 		}
-		out, err = x.Condemn(func(r store.Removal) bool { return r.Time.Before(before) })
-		return err
+		if out, err = x.Condemn(func(r store.Removal) bool { return r.Time.Before(before) }); err != nil {
+			return err
+		}
+		return x.ForgetUsage()
 	})
 	return out, err
 }

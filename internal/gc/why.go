@@ -16,7 +16,6 @@ import (
 
 	"github.com/larder-project/larder/internal/modelpack"
 	"github.com/larder-project/larder/internal/store"
-	"github.com/larder-project/larder/internal/usage"
 )
 
 // Why tells what holds one version or one blob.
@@ -51,16 +50,17 @@ func (c *Collector) Why(ctx context.Context, d digest.Digest) (Why, error) {
 }
 
 func (c *Collector) why(ctx context.Context, w *Why) error {
-	var r roots
-	var entries []v1.Descriptor
-	err := c.Store.Exclusive(ctx, func(x *store.Exclusive) (err error) {
-		var failed []*usage.Error
-		r, failed, err = c.gather(ctx, x)
-		for _, f := range failed {
-			w.Failed = append(w.Failed, f)
-		}
-		entries = x.Index()
+	r, failed := c.ask(ctx, askTime)
+	if err := ctx.Err(); err != nil {
 		return err
+	}
+	for _, f := range failed {
+		w.Failed = append(w.Failed, f)
+	}
+	var entries []v1.Descriptor
+	err := c.Store.Exclusive(ctx, func(x *store.Exclusive) error {
+		entries = x.Index()
+		return r.fromStore(c, x)
 	})
 	if err != nil {
 		return err
