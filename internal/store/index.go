@@ -275,10 +275,13 @@ func (s *Store) setReferences(ctx context.Context, desc v1.Descriptor, source, r
 	if err != nil {
 		return Version{}, err
 	}
-	for _, r := range refs {
-		// By a commit a version is found under any of its names.
-		if have, ok := find(versionsOf(index), r); onlyNew && ok && have.Digest != desc.Digest {
-			return Version{}, fmt.Errorf("publish: %s: %w by %s", r, ErrTaken, have.Digest)
+	if onlyNew {
+		versions := versionsOf(index)
+		for _, r := range refs {
+			// By a commit a version is found under any of its names.
+			if have, ok := find(versions, r); ok && have.Digest != desc.Digest {
+				return Version{}, fmt.Errorf("publish: %s: %w by %s", r, ErrTaken, have.Digest)
+			}
 		}
 	}
 	if err := atomicfile.SweepTemp(s.dir); err != nil {
@@ -289,6 +292,7 @@ func (s *Store) setReferences(ctx context.Context, desc v1.Descriptor, source, r
 		if err := s.writeIndex(next); err != nil {
 			return Version{}, err
 		}
+		_ = s.keepReserve() // what was published does not depend on it
 	}
 	for _, v := range versionsOf(next) {
 		if v.Digest == desc.Digest {

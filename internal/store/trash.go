@@ -487,22 +487,28 @@ func (s *Store) Shredding() (int64, error) {
 	return n, nil
 }
 
-// reserveBytes is kept aside so that something can be removed from a file
+// The reserve is space kept aside so that something can be removed from a file
 // system that is full to the last byte: a removal writes its record and a new
-// index.json before it frees anything.
+// index.json before it frees anything. It is as large as those two may be.
 const (
 	reserveName  = "reserve"
-	reserveBytes = 4 << 20
+	leastReserve = 512 << 10
 )
 
-// keepReserve makes the reserve where it is missing and there is room.
+// keepReserve makes the reserve where it is missing or has become too small,
+// and there is room. Without it everything works but the last resort.
 func (s *Store) keepReserve() error {
+	fi, err := os.Stat(s.path(v1.ImageIndexFile))
+	if err != nil {
+		return ignoreAbsent(err)
+	}
+	want := max(leastReserve, 3*fi.Size())
 	path := s.path(reserveName)
-	if fi, err := os.Lstat(path); err == nil && disk.Allocated(fi) >= reserveBytes/2 {
+	if fi, err := os.Lstat(path); err == nil && disk.Allocated(fi) >= want*3/4 {
 		return nil
 	}
 	free, _, err := disk.Free(s.dir)
-	if err != nil || free < 16*reserveBytes {
+	if err != nil || free < 16*want {
 		return nil //nolint:nilerr // there will be another time
 	}
 	f, err := disk.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
@@ -510,7 +516,7 @@ func (s *Store) keepReserve() error {
 		return fmt.Errorf("keep a reserve of space: %w", err)
 	}
 	defer f.Close()
-	if err := f.Allocate(reserveBytes); err != nil && !errors.Is(full(err), ErrFull) {
+	if err := f.Allocate(want * 3 / 2); err != nil && !errors.Is(full(err), ErrFull) {
 		return fmt.Errorf("keep a reserve of space: %w", err)
 	}
 	return nil
