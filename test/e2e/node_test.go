@@ -82,7 +82,9 @@ func (n *node) close() {
 		if !t.Failed() && n.plugin != nil && n.plugin.alive() {
 			n.eventually("every mount is gone when no container is left", func() error { return n.nothingMounted() })
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute) // that may have taken as long
+		// An engine asks every driver that it has ever met for each volume, and
+		// waits seconds for each that is gone: those of the tests before.
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 		defer cancel()
 		if names, err := n.e.Docker(ctx, "volume", "ls", "-q", "--filter", "driver="+n.driver); err == nil && strings.TrimSpace(names) != "" {
 			if _, err := n.e.Docker(ctx, append([]string{"volume", "rm", "-f"}, strings.Fields(names)...)...); err != nil && n.plugin != nil && n.plugin.alive() {
