@@ -120,6 +120,12 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if blind := volumes.Blind(); blind != "" {
 		log.Warn("until an engine calls that can be seen from here, mounts that were never unmounted stay; give the plugin the host's PID namespace", "reason", blind)
 	}
+	// Other nodes of a shared store see that this one works.
+	if leave, err := st.Attend(ctx, cfg.Node); err != nil {
+		log.Warn("show other nodes that this one is alive", "error", err)
+	} else {
+		defer leave()
+	}
 	if err := volumes.Sweep(ctx); err != nil {
 		log.Warn("tidy up after an earlier run", "error", err)
 	}

@@ -33,6 +33,9 @@ func (x *Exclusive) Restore(id string, only []digest.Digest) (Removal, error) {
 		return Removal{}, fmt.Errorf("undo: removal %q: %w; larder undo without a name lists what can be undone", id, ErrNotFound)
 	}
 	r := removals[at]
+	if len(r.References) == 0 {
+		return Removal{}, fmt.Errorf("undo: removal %s has no version, only files that none needed: %w", id, ErrNotFound)
+	}
 	back, rest := r, r
 	if len(only) > 0 {
 		back, rest = r.split(only)

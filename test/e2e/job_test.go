@@ -455,6 +455,9 @@ func TestRemovalIsRefusedWhileInUse(t *testing.T) {
 		if mounts := n.ps(); len(mounts) != 1 || !strings.Contains(fmt.Sprint(mounts[0]), v) {
 			t.Errorf("larder ps shows %v, want one mount of %s", mounts, v)
 		}
+		if nodes := n.larder("node", "ls", "--json"); !strings.Contains(nodes, `"alive":true`) {
+			t.Errorf("the node is not seen alive: %s", nodes)
+		}
 		out, err := n.larderErr("rm", "tiny:1.0.0")
 		if code := exitCode(err); code != 4 {
 			t.Errorf("larder rm of a version in use exits %d, want 4: %s", code, out)
