@@ -87,6 +87,16 @@ vet:
 bench: setup build
 	CGO_ENABLED=0 $(GO) run ./test/bench $(BENCH)
 
+# Each fuzz target for a while: make fuzz FUZZTIME=10m. make test runs their seeds.
+FUZZTIME ?= 20s
+.PHONY: fuzz
+fuzz:
+	@for pkg in $$($(GO) list ./internal/...); do \
+		for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
+			echo "$$pkg $$target"; $(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$pkg; \
+		done; \
+	done
+
 .PHONY: lint
 lint:
 	golangci-lint run ./...

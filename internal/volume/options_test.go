@@ -117,3 +117,38 @@ func TestOverlayFoldersUndoEscapes(t *testing.T) {
 		t.Errorf("got %q and %q", view, upper)
 	}
 }
+
+// Options come from whoever may create a volume. What is accepted can be told
+// again: it is within the bounds that the rest of the package relies on.
+func FuzzOptions(f *testing.F) {
+	f.Add("m", "model=qwen:1.9;size=2GiB;uid=1000;mode=0640")
+	f.Add(strings.Repeat("0a", 32), "model=hf://o/n,x:~1;layout=hf;absorb=on")
+	f.Add("x", "model=*;upper=tmpfs;scope=volume")
+	f.Fuzz(func(t *testing.T, name, pairs string) {
+		o, err := ParseOptions(name, options(pairs))
+		if err != nil {
+			return
+		}
+		switch {
+		case len(o.Models) == 0 && !o.Catalog:
+			t.Error("a volume without a model")
+		case o.Size != 0 && o.Size < 1<<20:
+			t.Errorf("a size of %d", o.Size)
+		case o.UID != nil && *o.UID == 1<<32-1, o.GID != nil && *o.GID == 1<<32-1:
+			t.Error("an owner that the kernel takes for none")
+		case o.Mode != nil && *o.Mode&^0o777 != 0:
+			t.Errorf("mode %o", *o.Mode)
+		case o.Absorb && (o.ReadOnly || o.Layout != view.HF || o.Scope == ScopeVolume):
+			t.Errorf("absorb with %+v", o)
+		}
+	})
+}
+
+// The options of a mount as a mount table shows them may be those of anybody's
+// overlay.
+func FuzzOverlayFolders(f *testing.F) {
+	f.Add(`rw,lowerdir=/a\040b\134\054c\134:d/v::/b,upperdir=/u,workdir=/w`)
+	f.Add(`lowerdir+=/view,datadir+=/blobs`)
+	f.Add(`lowerdir=\`)
+	f.Fuzz(func(_ *testing.T, text string) { overlayFolders(text) }) // must not panic
+}
