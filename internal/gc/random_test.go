@@ -36,8 +36,7 @@ import (
 //
 //	LARDER_RANDOM_SEED=N LARDER_RANDOM_STEPS=N go test -tags faults -run TestRandomSteps ./internal/gc
 //
-// repeats a walk. Of the hundred thousand steps of a full test most are walked
-// by a process without the race detector.
+// repeats a walk.
 func TestRandomSteps(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	if text := os.Getenv("LARDER_RANDOM_SEED"); text != "" {
@@ -54,8 +53,6 @@ func TestRandomSteps(t *testing.T) {
 			t.Fatal(err)
 		}
 		steps = n
-	} else if os.Getenv("LARDER_TEST_ALL") != "" {
-		walkFast(t, seed, 100_000)
 	}
 	t.Logf("LARDER_RANDOM_SEED=%d LARDER_RANDOM_STEPS=%d", seed, steps)
 	w := newWalk(t, seed)
@@ -74,10 +71,16 @@ func TestRandomSteps(t *testing.T) {
 	}
 }
 
-// walkFast walks in a process that is built without the race detector.
-func walkFast(t *testing.T, seed uint64, steps int) {
-	t.Helper()
+// A hundred thousand steps, by a process that is built without the race
+// detector.
+func TestManyRandomSteps(t *testing.T) {
+	if os.Getenv("LARDER_TEST_ALL") == "" {
+		t.Skip("takes minutes: set LARDER_TEST_ALL=1")
+	}
+	t.Parallel()
 	testenv.NeedPrograms(t, "go")
+	const steps = 100_000
+	seed := time.Now().UnixNano()
 	binary := filepath.Join(t.TempDir(), "gc.test")
 	build := exec.Command("go", "test", "-c", "-tags=faults", "-o", binary, ".")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
