@@ -39,8 +39,9 @@ func (a *app) cmdUndo() *cobra.Command {
 		Short:   "Bring back what was removed, or list what can be",
 		Long: `Bring a removal back whole, files and names, or of it only some models. Without a
 name, list the removals in the trash. What a policy had removed is pinned then,
-so that it does not go again at once; larder unpin lets it go. A name that means another version by now stays with that one; the
-restored version then has its commit or digest for a name.`,
+so that it does not go again at once; larder unpin lets it go. A name that means
+another version by now stays with that one; the restored version then has its
+commit or digest for a name.`,
 		Args:              takes(0, -1, "a removal, and which of its models"),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -121,7 +122,7 @@ func (a *app) listTrash(st *store.Store) error {
 			}
 			continue
 		}
-		first := ""
+		first := "none, only what no model needed"
 		if len(out.References) > 0 {
 			first = out.References[0]
 		}

@@ -99,7 +99,11 @@ func undoAll(t *testing.T, s *store.Store) error {
 		return err
 	}
 	for _, r := range trash {
-		if _, err := c.Undo(t.Context(), r.ID); err != nil {
+		_, err := c.Undo(t.Context(), r.ID)
+		if len(r.References) == 0 && errors.Is(err, store.ErrNotFound) {
+			continue // leftovers: refused, and they stay
+		}
+		if err != nil {
 			return err
 		}
 	}

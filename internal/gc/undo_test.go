@@ -104,6 +104,38 @@ func TestUndoRefusesWhatIsNotWhole(t *testing.T) {
 	checkClean(t, s)
 }
 
+// A removal without a version is refused, and stays in the trash as it is.
+func TestUndoRefusesLeftovers(t *testing.T) {
+	t.Parallel()
+	s := open(t, t.TempDir()+"/s")
+	lease, err := s.NewLease(t.Context(), "node", "pull")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lease.Release()
+	if _, err := s.PutBlob(t.Context(), lease, []byte("in no version")); err != nil {
+		t.Fatal(err)
+	}
+	if err := lease.Release(); err != nil {
+		t.Fatal(err)
+	}
+	var r store.Removal
+	err = s.Exclusive(t.Context(), func(x *store.Exclusive) (err error) {
+		r, err = x.Remove(store.Removal{Blobs: []store.Blob{{Digest: digest.FromString("in no version"), Size: 13}}})
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := collect(s).Undo(t.Context(), r.ID); !errors.Is(err, store.ErrNotFound) {
+		t.Errorf("got %v, want ErrNotFound", err)
+	}
+	trash, err := s.Trash()
+	if err != nil || len(trash) != 1 || len(trash[0].Blobs) != 1 {
+		t.Errorf("trash after the refusal: %v, %v", trash, err)
+	}
+}
+
 func TestUndoOfOneVersionOfARemoval(t *testing.T) {
 	t.Parallel()
 	s := open(t, t.TempDir()+"/s")

@@ -34,7 +34,7 @@ func (x *Exclusive) Restore(id string, only []digest.Digest) (Removal, error) {
 	}
 	r := removals[at]
 	if len(r.References) == 0 {
-		return Removal{}, fmt.Errorf("undo: removal %s has no version, only files that none needed: %w", id, ErrNotFound)
+		return Removal{}, fmt.Errorf("undo: removal %s has no version to bring back, only files that none needed: %w", id, ErrNotFound)
 	}
 	back, rest := r, r
 	if len(only) > 0 {
