@@ -45,8 +45,7 @@ const (
 	// betweenBoots is how much the wall clock is believed of the time during
 	// which the host was off.
 	betweenBoots = 24 * time.Hour
-	// syncEvery is how far processes of one node may drift apart, by the
-	// clock of the boot.
+	// syncEvery is how often the file is looked at, by the clock of the boot.
 	syncEvery = 10 * time.Second
 	// saveEvery is how often the file is written. Within a boot nothing is
 	// lost with what was not: the clock of the boot goes on.
