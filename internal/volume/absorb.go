@@ -8,7 +8,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/gofrs/flock"
 	"github.com/hashicorp/go-multierror"
@@ -16,6 +18,7 @@ import (
 
 	"github.com/larder-project/larder/internal/atomicfile"
 	"github.com/larder-project/larder/internal/disk"
+	"github.com/larder-project/larder/internal/modelpack"
 	"github.com/larder-project/larder/internal/overlay"
 	"github.com/larder-project/larder/internal/pull"
 	"github.com/larder-project/larder/internal/reference"
@@ -23,6 +26,7 @@ import (
 	"github.com/larder-project/larder/internal/source/directory"
 	"github.com/larder-project/larder/internal/store"
 	"github.com/larder-project/larder/internal/usage"
+	"github.com/larder-project/larder/internal/view"
 )
 
 // asideRecord is STATE/uppers/absorb/NAME/KEY.json, beside the folder KEY: an
@@ -171,16 +175,32 @@ func (m *Manager) absorb(ctx context.Context, a aside) error {
 		return m.dropAside(ctx, a) // or it is being set aside at this moment
 	}
 	if err := m.takeOver(ctx, a); err != nil {
-		if ctx.Err() != nil || errors.Is(err, store.ErrFull) || errors.Is(err, overlay.ErrBusy) {
-			return err // later, when there is room
+		if ctx.Err() != nil || !verdict(err) {
+			return fmt.Errorf("%w; it stays in %s until it can be, or until that folder is removed", err, a.dir)
 		}
-		// What cannot be taken over now cannot be later.
 		m.log.Warn("take over what a container downloaded", "volume", a.Volume, "id", a.ID, "error", err)
 	}
 	if err := overlay.RemoveUpper(a.dir); err != nil {
 		return err
 	}
 	return m.dropAside(ctx, a)
+}
+
+// verdict tells whether an error says of a download itself that it cannot be
+// taken over, now or later. Every other one (a disk that is full or fails, a
+// store that cannot be read) may pass.
+func verdict(err error) bool {
+	var many *multierror.Error
+	if errors.As(err, &many) {
+		return !slices.ContainsFunc(many.Errors, func(err error) bool { return !verdict(err) })
+	}
+	var errno syscall.Errno
+	if errors.As(err, &errno) {
+		return false
+	}
+	var mismatch *pull.MismatchError
+	return errors.As(err, &mismatch) || errors.Is(err, source.ErrInvalid) || errors.Is(err, reference.ErrInvalid) ||
+		errors.Is(err, modelpack.ErrInvalid) || errors.Is(err, view.ErrInvalid) || errors.Is(err, ErrInvalid)
 }
 
 // dropAside drops the record of an upper that is gone.
@@ -213,10 +233,10 @@ func (m *Manager) takeOver(ctx context.Context, a aside) error {
 	upper := upperOf(a.dir)
 	whole, err := directory.HubCache(upper)
 	if err != nil {
-		return nil // the container kept no cache
+		return err
 	}
 	partial := len(whole.Skipped) > 0
-	if err := whole.Close(); err != nil {
+	if err := errors.Join(whole.Unread, whole.Close()); err != nil {
 		return err
 	}
 	var failed *multierror.Error
@@ -245,7 +265,11 @@ func (m *Manager) absorbMerged(ctx context.Context, a aside, upper string) (err 
 	if err := disk.MkdirAll(at, 0o700); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, m.endMerged(a)) }()
+	defer func() {
+		if end := m.endMerged(a); end != nil {
+			err = multierror.Append(err, end)
+		}
+	}()
 	if err := (overlay.Mount{Target: at, View: viewDir, Blobs: m.store.BlobsDir(), Upper: upper, ReadOnly: true, Method: method}).Do(); err != nil {
 		return err
 	}
@@ -298,7 +322,7 @@ func (m *Manager) absorbCache(ctx context.Context, dir string, move bool) error 
 		return err
 	}
 	defer cache.Close()
-	var failed *multierror.Error
+	failed := multierror.Append(nil, cache.Unread)
 	for _, src := range cache.Sources {
 		local, ok := src.(*directory.Source)
 		if !ok {

@@ -318,3 +318,33 @@ func TestDownloadsOfAManualMountAreTakenOverAtItsEnd(t *testing.T) {
 	}
 	n.empty()
 }
+
+// An error that says nothing of the download (here: the store's list of
+// references cannot be read) may pass, and the download waits for that.
+func TestADownloadStaysWhileTheStoreCannotBeRead(t *testing.T) {
+	n := newNode(t)
+	n.create("cache", "model=*", "absorb=on")
+	commit := strings.Repeat("1", 40)
+	download(t, n.mount("cache", "a"), commit, "weights")
+	n.unmount("cache", "a")
+	index := filepath.Join(n.store.Dir(), "index.json")
+	good, err := os.ReadFile(index)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(index, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Absorb(t.Context()); !errors.Is(err, store.ErrDamaged) || !strings.Contains(err.Error(), "it stays in") {
+		t.Errorf("got %v, want ErrDamaged and where the download stays", err)
+	}
+	if err := os.WriteFile(index, good, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Absorb(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if _, err := n.resolve1("hf://org/name@" + commit); err != nil {
+		t.Errorf("what the container downloaded is lost: %v", err)
+	}
+}

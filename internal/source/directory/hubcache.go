@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/opencontainers/go-digest"
 
@@ -48,6 +49,7 @@ const (
 type Cache struct {
 	Sources []source.Source // one for each revision of each model, sorted
 	Skipped []Skipped       // what was found and is not in Sources
+	Unread  error           // what of that the system could not read, such as EIO: it may be sound
 
 	root *os.Root
 }
@@ -137,6 +139,28 @@ type cacheReader struct {
 	out  Cache
 }
 
+// skipError skips what could not be read or is not as it should be.
+func (c *cacheReader) skipError(name string, err error) {
+	c.skip(name, "%v", err)
+	if unread(err) {
+		c.out.Unread = errors.Join(c.out.Unread, err)
+	}
+}
+
+// unread tells whether the system could not read something. What a cache has or
+// lacks is no such error, whatever lies in the place of a file.
+func unread(err error) bool {
+	var errno syscall.Errno
+	if !errors.As(err, &errno) {
+		return false
+	}
+	switch errno {
+	case syscall.ENOENT, syscall.ENOTDIR, syscall.EISDIR, syscall.ELOOP, syscall.ENAMETOOLONG, syscall.ENXIO:
+		return false
+	}
+	return true
+}
+
 func (c *cacheReader) skip(name, format string, args ...any) {
 	c.out.Skipped = append(c.out.Skipped, Skipped{Path: filepath.Join(c.base, name), Why: fmt.Sprintf(format, args...)})
 }
@@ -168,12 +192,12 @@ func (c *cacheReader) repository(dir string) {
 	}
 	refs, err := c.refs(dir)
 	if err != nil {
-		c.skip(dir, "%v", err)
+		c.skipError(dir, err)
 		return
 	}
 	commits, err := c.names(path.Join(dir, snapshotsDir))
 	if err != nil {
-		c.skip(dir, "%v", err)
+		c.skipError(dir, err)
 		return
 	}
 	use := &blobUse{root: c.root, repo: dir, refs: refs, count: map[string]int{}}
@@ -187,7 +211,7 @@ func (c *cacheReader) repository(dir string) {
 		s := &Source{root: c.root, base: c.base, dir: at, owner: use, listed: true}
 		if err := c.revision(s, dir, repo, commit, refs[commit]); err != nil {
 			use.unknown = true
-			c.skip(at, "%v", err)
+			c.skipError(at, err)
 			continue
 		}
 		for _, e := range s.entries {
@@ -204,7 +228,7 @@ func (c *cacheReader) repository(dir string) {
 	}
 	blobs, err := c.names(path.Join(dir, blobsDir))
 	if err != nil {
-		c.skip(path.Join(dir, blobsDir), "%v", err)
+		c.skipError(path.Join(dir, blobsDir), err)
 		return
 	}
 	for _, b := range blobs {
@@ -297,7 +321,7 @@ func (c *cacheReader) tree(repo, commit string) (tree, bool) {
 		err = json.Unmarshal(data, &t)
 	}
 	if err != nil || t.Files == nil {
-		c.skip(name, "the list of files cannot be read, so the revision counts as partial (%v)", err)
+		c.skipError(name, fmt.Errorf("the list of files cannot be read, so the revision counts as partial (%w)", err))
 		return tree{}, false
 	}
 	return t, true
