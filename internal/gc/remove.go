@@ -214,7 +214,9 @@ func (c *Collector) held(g *graph, r roots) (map[int32]bool, error) {
 		if g.live[d] {
 			continue
 		}
-		if _, there, err := c.Store.Stat(d); err != nil || !there {
+		if _, there, err := c.Store.Stat(d); err != nil {
+			return nil, fmt.Errorf("find what %s needs, which %s uses: %w; nothing was removed", d, r.uses[d][0].By, err)
+		} else if !there {
 			continue // it is gone altogether
 		}
 		blobs, err := links(g.src, v1.Descriptor{MediaType: v1.MediaTypeImageManifest, Digest: d})

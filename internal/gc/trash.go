@@ -25,15 +25,15 @@ func (c *Collector) Recover(ctx context.Context) ([]store.Removal, error) {
 	err = c.Store.Exclusive(ctx, func(x *store.Exclusive) error {
 		g := c.known()
 		g.update(x.Index())
-		if err := g.unreadable(nil); err != nil {
-			return err
-		}
+		// What a version needs that cannot be read is not known, so every blob
+		// stays. Without that the version could not be removed either.
+		unsure := g.unreadable(nil) != nil
 		leased, err := x.Leased()
 		if err != nil {
 			return err
 		}
 		finished, err = x.Recover(func(d digest.Digest) bool {
-			if _, ok := leased[d]; ok {
+			if _, ok := leased[d]; ok || unsure {
 				return true
 			}
 			h, ok := store.HashOf(d)

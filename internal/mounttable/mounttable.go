@@ -73,6 +73,15 @@ func PlaceOf(dir string) (at string, shared bool, err error) {
 	return place(on, path), strings.Contains(" "+on.Optional, " shared:"), nil
 }
 
+// Of is the mount of the caller's own namespace that holds a folder.
+func Of(dir string) (*mountinfo.Info, error) {
+	on, _, err := mountOf(dir)
+	if err != nil {
+		return nil, fmt.Errorf("find the mount that holds %s: %w", dir, err)
+	}
+	return on, nil
+}
+
 // mountOf finds the mount that holds a folder, and the folder's real path. The
 // number of the mount comes from an open file: on paths, a mount can lie under
 // another.

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"time"
@@ -47,11 +48,22 @@ func emptyIndex() v1.Index {
 // maxIndexBytes bounds what is read of index.json: some 400 bytes a reference.
 const maxIndexBytes = 256 << 20
 
+// newIndex says what to do about a list of references that is lost. An empty
+// one is never made in its place: by that every model would be a leftover.
+const newIndex = `restore the file from a backup, or begin a new list with echo '{"schemaVersion":2,"manifests":[]}' in its place, and run larder pull or import again: files that are in the store are found`
+
+func noIndex(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("read the list of references: %w: %w; %s", ErrDamaged, err, newIndex)
+	}
+	return fmt.Errorf("read the list of references: %w", err)
+}
+
 func (s *Store) readIndex() (v1.Index, error) {
 	path := s.path(v1.ImageIndexFile)
 	fi, err := os.Stat(path)
 	if err != nil {
-		return v1.Index{}, fmt.Errorf("read the list of references: %w", err)
+		return v1.Index{}, noIndex(err)
 	}
 	if fi.Size() > maxIndexBytes {
 		return v1.Index{}, fmt.Errorf("read %s: %w: %d bytes, at most %d are read", path, ErrDamaged, fi.Size(), maxIndexBytes)
@@ -73,7 +85,7 @@ func parseIndex(data []byte) (v1.Index, error) {
 	var index v1.Index
 	dec := json.NewDecoder(bytes.NewReader(data))
 	if err := dec.Decode(&index); err != nil {
-		return v1.Index{}, fmt.Errorf("%w: not an OCI image index (%w); nothing was changed; restore the file from a backup, or move it away and run larder pull or import again", ErrDamaged, err)
+		return v1.Index{}, fmt.Errorf("%w: not an OCI image index (%w); nothing was changed; %s", ErrDamaged, err, newIndex)
 	}
 	if dec.More() {
 		return v1.Index{}, fmt.Errorf("%w: text after the JSON object", ErrDamaged)
@@ -107,7 +119,7 @@ func isModel(d v1.Descriptor) bool { return d.ArtifactType == modelpack.Artifact
 func (s *Store) Versions() ([]Version, error) {
 	fi, err := os.Stat(s.path(v1.ImageIndexFile))
 	if err != nil {
-		return nil, fmt.Errorf("read the list of references: %w", err)
+		return nil, noIndex(err)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

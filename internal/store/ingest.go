@@ -40,7 +40,7 @@ func (s *Store) Ingest(ctx context.Context, key string) (*Ingest, error) {
 	}
 	i := &Ingest{s: s, path: s.path("ingest", key)}
 	for {
-		f, err := disk.OpenFile(i.path, os.O_RDWR|os.O_CREATE, 0o644)
+		f, err := openPartial(i.path, os.O_CREATE)
 		if err != nil {
 			return nil, fmt.Errorf("ingest: %w", err)
 		}
@@ -63,6 +63,16 @@ func (s *Store) Ingest(ctx context.Context, key string) (*Ingest, error) {
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
+}
+
+// openPartial opens a file of ingest/ for writing, also one that Commit has made
+// read-only and a death kept from its name.
+func openPartial(path string, flag int) (*disk.File, error) {
+	f, err := disk.OpenFile(path, os.O_RDWR|flag, 0o644)
+	if errors.Is(err, fs.ErrPermission) && disk.Chmod(path, 0o644) == nil {
+		f, err = disk.OpenFile(path, os.O_RDWR|flag, 0o644)
+	}
+	return f, err
 }
 
 // isAt tells whether f is the file that has the ingest's name now.

@@ -95,6 +95,9 @@ func (l *Lease) Hold(ctx context.Context, digests ...digest.Digest) error {
 		if err == nil {
 			l.size += int64(n)
 		}
+		if err == nil && l.s.network {
+			err = l.file.Sync() // NFS sends it at the latest then
+		}
 		return full(err)
 	})
 	if err != nil {

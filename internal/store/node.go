@@ -129,9 +129,12 @@ func (s *Store) Nodes() ([]Node, error) {
 	var out []Node
 	for _, e := range entries {
 		n := Node{Name: e.Name()}
-		if f, err := disk.OpenFile(s.path("leases", e.Name(), aliveName), os.O_RDONLY, 0); err == nil {
+		// For writing: NFS gives an exclusive lock on no other file.
+		f, err := disk.OpenFile(s.path("leases", e.Name(), aliveName), os.O_RDWR, 0)
+		n.Alive = err != nil && !errors.Is(err, fs.ErrNotExist) // as far as can be told
+		if err == nil {
 			free, err := f.Lock(true)
-			n.Alive = err == nil && !free
+			n.Alive = err != nil || !free
 			if fi, err := f.Stat(); err == nil {
 				n.Seen = fi.ModTime()
 			}

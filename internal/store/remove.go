@@ -9,11 +9,13 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/larder-project/larder/internal/disk"
+	"github.com/larder-project/larder/internal/modelpack"
 )
 
 // Exclusive is the store while its lock is held exclusively: nobody else can
@@ -57,8 +59,14 @@ func (x *Exclusive) Leased() (map[digest.Digest]string, error) { return x.s.leas
 // in the layout.
 func IsModel(d v1.Descriptor) bool { return isModel(d) }
 
-// isManifest tells whether a descriptor's content names other blobs.
+// isManifest tells whether a descriptor's content names other blobs. Other
+// tools may keep kinds of manifests in the layout that are not known here.
 func isManifest(d v1.Descriptor) bool {
+	return isKnown(d) || d.MediaType == "" || strings.Contains(d.MediaType, "manifest") || strings.Contains(d.MediaType, "index")
+}
+
+// isKnown tells whether it is known how a manifest names other blobs.
+func isKnown(d v1.Descriptor) bool {
 	switch d.MediaType {
 	case v1.MediaTypeImageManifest, v1.MediaTypeImageIndex,
 		"application/vnd.docker.distribution.manifest.v2+json", "application/vnd.docker.distribution.manifest.list.v2+json":
@@ -78,11 +86,23 @@ func (s *Store) Links(d v1.Descriptor) ([]v1.Descriptor, error) {
 	return linksOf(d, s.BlobPath(d.Digest))
 }
 
-// linksOf reads the links of a manifest whose blob is at path.
+// linksOf reads the links of a manifest whose blob is at path. In one of an
+// unknown kind everything that looks like a descriptor counts as one; if it is
+// no JSON, it is a file.
 func linksOf(d v1.Descriptor, path string) ([]v1.Descriptor, error) {
+	if fi, err := os.Lstat(path); err == nil && fi.Size() > maxIndexBytes && !isKnown(d) {
+		return nil, nil
+	}
 	data, err := readChecked(path, d.Digest, maxIndexBytes)
 	if err != nil {
 		return nil, err
+	}
+	if !isKnown(d) {
+		var content any
+		if err := json.Unmarshal(data, &content); err != nil {
+			return nil, nil
+		}
+		return descriptorsIn(content), nil
 	}
 	var m struct {
 		Config    *v1.Descriptor  `json:"config"`
@@ -100,6 +120,27 @@ func linksOf(d v1.Descriptor, path string) ([]v1.Descriptor, error) {
 		}
 	}
 	return out, nil
+}
+
+// descriptorsIn finds what looks like a descriptor anywhere in a JSON value.
+func descriptorsIn(content any) (out []v1.Descriptor) {
+	switch c := content.(type) {
+	case []any:
+		for _, e := range c {
+			out = append(out, descriptorsIn(e)...)
+		}
+	case map[string]any:
+		text, _ := c["digest"].(string)
+		if d := digest.Digest(text); modelpack.CheckDigest(d) == nil {
+			kind, _ := c["mediaType"].(string)
+			size, _ := c["size"].(float64)
+			out = append(out, v1.Descriptor{MediaType: kind, Digest: d, Size: int64(size)})
+		}
+		for _, e := range c {
+			out = append(out, descriptorsIn(e)...)
+		}
+	}
+	return out
 }
 
 // Remove takes references out of index.json and moves blobs to the trash. The

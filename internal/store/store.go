@@ -38,8 +38,9 @@ var (
 // of processes may have the same folder open. Its methods are safe for
 // concurrent use.
 type Store struct {
-	dir string
-	now func() time.Time
+	dir     string
+	now     func() time.Time
+	network bool // other nodes may have its file system mounted
 
 	mu     sync.Mutex
 	index  cachedIndex
@@ -76,6 +77,9 @@ func Open(dir string, options ...Option) (*Store, error) {
 		if err := s.create(); err != nil {
 			return nil, fmt.Errorf("create store %s: %w", dir, err)
 		}
+		if err := s.checkNetwork(); err != nil {
+			return nil, fmt.Errorf("open store: %w", err)
+		}
 		return s, nil
 	case err != nil:
 		return nil, fmt.Errorf("open store: %w", err)
@@ -83,6 +87,9 @@ func Open(dir string, options ...Option) (*Store, error) {
 	var layout v1.ImageLayout
 	if err := json.Unmarshal(data, &layout); err != nil || layout.Version != v1.ImageLayoutVersion {
 		return nil, fmt.Errorf("open store: %w: %s says %.100q, expected version %s", ErrDamaged, s.path(v1.ImageLayoutFile), data, v1.ImageLayoutVersion)
+	}
+	if err := s.checkNetwork(); err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
 	}
 	return s, nil
 }

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -18,6 +19,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/larder-project/larder/internal/modelpack"
 	"github.com/larder-project/larder/internal/reference"
@@ -583,5 +585,76 @@ func TestLeasesAreListedWhileTheirOwnersLive(t *testing.T) {
 	}
 	if got := list(); len(got) > 0 {
 		t.Errorf("after its release: %+v", got)
+	}
+}
+
+// A process that is not root dies between the chmod and the rename of Commit;
+// the same pull again goes on. Of the test, which runs as root, one thread has
+// a file system's rights taken away.
+func TestAPartialThatCommitMadeReadOnlyIsOpenedAgain(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for _, d := range []string{dir, filepath.Dir(dir)} {
+		if err := os.Chmod(d, 0o777); err != nil {
+			t.Fatal(err)
+		}
+	}
+	again := func() error {
+		runtime.LockOSThread() // for good: the thread ends with the goroutine
+		if err := unix.Setfsuid(65534); err != nil {
+			return err
+		}
+		s, err := Open(filepath.Join(dir, "store"))
+		if err != nil {
+			return err
+		}
+		i, err := s.Ingest(t.Context(), "sha256-x")
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(i.File().Chmod(0o444), i.Close()); err != nil { // as Commit begins, and then death
+			return err
+		}
+		if i, err = s.Ingest(t.Context(), "sha256-x"); err != nil {
+			return err
+		}
+		return i.Close()
+	}
+	done := make(chan error)
+	go func() { done <- again() }()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// A list of references that is gone is not taken for an empty one, and what the
+// error says to do about it helps.
+func TestAListOfReferencesThatIsGone(t *testing.T) {
+	t.Parallel()
+	s := open(t)
+	publish(t, s, modelpack.Model{}, map[string]string{"a": "content"}, "m:1")
+	index := filepath.Join(s.Dir(), "index.json")
+	if err := os.Remove(index); err != nil {
+		t.Fatal(err)
+	}
+	again, err := Open(s.Dir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = again.Versions()
+	if !errors.Is(err, ErrDamaged) {
+		t.Fatalf("got %v, want ErrDamaged", err)
+	}
+	_, rest, _ := strings.Cut(err.Error(), "echo '")
+	advice, _, ok := strings.Cut(rest, "'")
+	if !ok {
+		t.Fatalf("%v does not say what to do", err)
+	}
+	if err := os.WriteFile(index, []byte(advice+"\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	publish(t, again, modelpack.Model{}, map[string]string{"a": "content"}, "m:1")
+	if v, err := again.Versions(); err != nil || len(v) != 1 {
+		t.Errorf("after the advice was followed: %v, %v", v, err)
 	}
 }

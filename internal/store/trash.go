@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -172,14 +173,19 @@ func (x *Exclusive) handOver(r Removal, heirs []Removal) error {
 	}
 	for i := range heirs {
 		heir := &heirs[i]
-		needed := x.s.neededBy(*heir)
+		needed, err := x.s.neededBy(*heir)
+		if err != nil {
+			return err
+		}
 		taken := false
 		for _, e := range entries {
 			d := digest.NewDigestFromEncoded(digest.SHA256, e.Name())
 			if !isBlobName(e.Name()) || !needed[d] {
 				continue
 			}
-			if _, there, err := x.s.Stat(d); err != nil || there {
+			if _, there, err := x.s.Stat(d); err != nil {
+				return err
+			} else if there {
 				continue // undo finds it in the store
 			}
 			fi, err := os.Lstat(filepath.Join(dir, e.Name()))
@@ -201,8 +207,9 @@ func (x *Exclusive) handOver(r Removal, heirs []Removal) error {
 		if err := disk.SyncDir(x.s.trashDir(heir.ID)); err != nil {
 			return err
 		}
-		if err := x.s.writeRemoval(*heir, removalName); err != nil {
-			return err
+		write := func() error { return x.s.writeRemoval(*heir, removalName) }
+		if err := x.withReserve(write, ""); err != nil && !errors.Is(err, ErrFull) {
+			return err // on a full disk the files count, which are there
 		}
 	}
 	return nil
@@ -216,28 +223,32 @@ func (s *Store) Undoable() (map[digest.Digest]bool, error) {
 	}
 	out := map[digest.Digest]bool{}
 	for _, r := range removals {
-		for d := range s.neededBy(r) {
-			out[d] = true
+		needed, err := s.neededBy(r)
+		if err != nil {
+			return nil, err
 		}
+		maps.Copy(out, needed)
 	}
 	return out, nil
 }
 
 // neededBy gives every digest that is needed to undo a removal. A version of
 // which the manifest is gone or damaged needs nothing: it cannot be brought
-// back, whatever else is kept.
-func (s *Store) neededBy(r Removal) map[digest.Digest]bool {
+// back, whatever else is kept. One that cannot be read is an error, which may
+// pass.
+func (s *Store) neededBy(r Removal) (map[digest.Digest]bool, error) {
 	out := map[digest.Digest]bool{}
 	for _, d := range r.References {
 		needed, err := s.needs([]v1.Descriptor{d})
-		if err != nil {
+		if errors.Is(err, ErrNotFound) || errors.Is(err, ErrDamaged) {
 			continue
 		}
-		for d := range needed {
-			out[d] = true
+		if err != nil {
+			return nil, fmt.Errorf("find what removal %s needs to be undone: %w", r.ID, err)
 		}
+		maps.Copy(out, needed)
 	}
-	return out
+	return out, nil
 }
 
 // needs gives every digest that entries of removals reach, through manifests
@@ -280,12 +291,16 @@ func (s *Store) find(d digest.Digest) (string, error) {
 	}
 	for _, id := range folders {
 		dir := s.trashDir(id)
-		if _, err := os.Lstat(filepath.Join(dir, removalName)); err != nil {
-			continue
+		for _, name := range []string{removalName, d.Encoded()} {
+			if _, err = os.Lstat(filepath.Join(dir, name)); err != nil {
+				break
+			}
 		}
-		path := filepath.Join(dir, d.Encoded())
-		if _, err := os.Lstat(path); err == nil {
-			return path, nil
+		if err == nil {
+			return filepath.Join(dir, d.Encoded()), nil
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			return "", fmt.Errorf("look up blob %s: %w", d, err)
 		}
 	}
 	return "", fmt.Errorf("blob %s: %w", d, ErrNotFound)

@@ -135,8 +135,15 @@ func (s *Store) DropPartial(p Partial) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("drop unfinished download: %w", err)
 	}
-	i := &Ingest{s: s, path: s.path("ingest", p.Name), file: f}
 	mine, err := f.Lock(true)
+	if errors.Is(err, unix.EBADF) { // NFS locks no file that is open for reading alone
+		_ = f.Close()
+		if f, err = openPartial(s.path("ingest", p.Name), 0); err != nil {
+			return false, fmt.Errorf("drop unfinished download: %w", err)
+		}
+		mine, err = f.Lock(true)
+	}
+	i := &Ingest{s: s, path: s.path("ingest", p.Name), file: f}
 	if err != nil || !mine || !i.isAt(f) {
 		return false, errors.Join(err, f.Close())
 	}
