@@ -2,7 +2,9 @@ package pull
 
 import (
 	"bytes"
+	"context"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -460,5 +462,100 @@ func TestImportHubCache(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// The store's copy of a file has rotted, its length has not: a move must not
+// delete the only good copy.
+func TestAMoveKeepsTheOnlyGoodCopy(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	data := noise(1, 2<<20)
+	st := openStore(t, filepath.Join(dir, "store"))
+	from := filepath.Join(dir, "one")
+	writeTree(t, from, map[string][]byte{"w.bin": data})
+	res := mustRun(t, st, folderSource(t, from), Options{})
+	blob := st.BlobPath(res.Files[0].Digest)
+	_ = os.Chmod(blob, 0o644)
+	bad := bytes.Clone(data)
+	bad[77] ^= 1
+	if err := os.WriteFile(blob, bad, 0o444); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Run(t.Context(), st, folderSource(t, from), Options{Node: "test", Move: true}); err == nil || !strings.Contains(err.Error(), "--quarantine") {
+		t.Errorf("got %v, want that the store's copy is damaged", err)
+	}
+	if out, err := os.ReadFile(filepath.Join(from, "w.bin")); err != nil || !bytes.Equal(out, data) {
+		t.Fatalf("the only good copy is gone: %v", err)
+	}
+	// What the error says to do helps.
+	if err := os.Remove(blob); err != nil { // as verify --quarantine does
+		t.Fatal(err)
+	}
+	mustRun(t, st, folderSource(t, from), Options{Move: true})
+	if in, err := os.ReadFile(blob); err != nil || !bytes.Equal(in, data) {
+		t.Errorf("the store's copy is not the good one: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(from, "w.bin")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the file was not moved: %v", err)
+	}
+}
+
+// hooked calls hook when a file is opened.
+type hooked struct {
+	*directory.Source
+	hook func()
+}
+
+func (h hooked) Open(ctx context.Context, f source.File, off, n int64) (io.ReadCloser, error) {
+	h.hook()
+	return h.Source.Open(ctx, f, off, n)
+}
+
+// A move that is gone on with after a crash holds the blobs in whose favour it
+// deletes the originals.
+func TestAMoveThatGoesOnHoldsWhatItReliesOn(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	st := openStore(t, filepath.Join(dir, "store"))
+	from := filepath.Join(dir, "one")
+	writeTree(t, from, map[string][]byte{"w.bin": noise(1, 2<<20)})
+	src := folderSource(t, from)
+	res := mustRun(t, st, src, Options{})
+	if err := src.BeginMove(res.Version.Digest); err != nil {
+		t.Fatal(err)
+	}
+	blob := res.Files[0].Digest
+	src2 := hooked{folderSource(t, from), func() {
+		// another process: rm, and the trash emptied
+		err := st.Exclusive(t.Context(), func(x *store.Exclusive) error {
+			leased, err := x.Leased()
+			if err != nil {
+				return err
+			}
+			if _, held := leased[blob]; held {
+				return nil
+			}
+			r := store.Removal{References: x.Index(), Blobs: []store.Blob{{Digest: blob, Size: 2 << 20}}}
+			if r, err = x.Remove(r); err != nil {
+				return err
+			}
+			_, err = x.Condemn(func(store.Removal) bool { return true })
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := st.Shred(t.Context(), store.Limit{}); err != nil {
+			t.Fatal(err)
+		}
+	}}
+	if _, err := Run(t.Context(), st, src2, Options{Node: "test", Move: true}); err != nil {
+		t.Error(err)
+	}
+	_, there, _ := st.Stat(blob)
+	_, e := os.Stat(filepath.Join(from, "w.bin"))
+	if !there && e != nil {
+		t.Error("the file is neither in the store nor where it was")
 	}
 }

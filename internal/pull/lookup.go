@@ -102,6 +102,7 @@ func (r *run) lookUpBySize(ctx context.Context) error {
 			}
 			if s != nil && s.digest() == d && s.gitOID() == it.want.GitOID {
 				it.have(d, Reused)
+				it.sound = true
 				break
 			}
 		}

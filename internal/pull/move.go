@@ -7,10 +7,12 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/larder-project/larder/internal/modelpack"
 	"github.com/larder-project/larder/internal/source"
@@ -248,6 +250,20 @@ func (r *run) resumeMove(ctx context.Context) (Result, bool, error) {
 	if err != nil {
 		return Result{}, true, err
 	}
+	// Held, then looked up again: a removal may have come between.
+	hold := []digest.Digest{}
+	for _, f := range m.Files {
+		hold = append(hold, f.Digest)
+	}
+	if err := r.lease.Hold(ctx, hold...); err != nil {
+		return Result{}, true, err
+	}
+	if versions, err = r.st.Versions(); err != nil {
+		return Result{}, true, err
+	}
+	if at = slices.IndexFunc(versions, func(v store.Version) bool { return v.Digest == d }); at < 0 {
+		return Result{}, true, fmt.Errorf("%s was removed from the store just now; larder undo brings it back, and the same command then goes on", d)
+	}
 	res := Result{Version: versions[at], Model: m, Unchanged: true}
 	r.o.Progress.Start(Plan{Source: m.Source, Revision: m.Revision, Reused: m.Size()})
 	known := map[string]modelpack.File{}
@@ -257,7 +273,7 @@ func (r *run) resumeMove(ctx context.Context) (Result, bool, error) {
 		res.Files = append(res.Files, FileResult{Path: f.Path, Digest: f.Digest, Size: f.Size, How: Reused})
 	}
 	var failed []error
-	for _, f := range r.snap.Files {
+	for _, f := range r.linksFirst() {
 		if err := r.removeKnown(ctx, src, f, known[f.Path]); err != nil {
 			failed = append(failed, err)
 		}
@@ -274,16 +290,22 @@ func (r *run) removeKnown(ctx context.Context, src movable, f source.File, want 
 	if want.Digest == "" || want.Size != f.Size {
 		return stays
 	}
-	if size, ok, err := r.st.Stat(want.Digest); err != nil || !ok || size != want.Size {
-		return errors.Join(fmt.Errorf("file %q: its copy in the store is missing", f.Path), err)
+	copied, err := r.hashBlob(ctx, want.Digest, want.Size)
+	if err != nil {
+		return err
+	}
+	if copied == nil || copied.digest() != want.Digest {
+		return fmt.Errorf("file %q stays: its copy in the store, %s, is missing or damaged; run larder verify --quarantine, remove the file .larder-moved and import what is left", f.Path, want.Digest)
 	}
 	rc, err := r.src.Open(ctx, f, 0, f.Size)
 	if err != nil {
 		return err
 	}
 	s := newSums(f.Size, false)
-	_, err = io.Copy(s, rc)
-	if err := errors.Join(err, rc.Close()); err != nil {
+	if _, err := io.Copy(s, rc); err != nil {
+		return errors.Join(err, rc.Close())
+	}
+	if err := rc.Close(); err != nil {
 		return err
 	}
 	if s.digest() != want.Digest {
@@ -298,6 +320,54 @@ func few(errs []error) []error {
 		errs = append(errs[:shown], fmt.Errorf("and %d more", more))
 	}
 	return errs
+}
+
+// linksFirst orders the files so that links go before what they lead to: after
+// a crash in between what is left is still whole files.
+func (r *run) linksFirst() []source.File {
+	src, ok := r.src.(placed)
+	if !ok {
+		return r.snap.Files
+	}
+	link := func(f source.File) int {
+		if _, sole, err := src.Place(f); err == nil && !sole {
+			return 0
+		}
+		return 1
+	}
+	out := slices.Clone(r.snap.Files)
+	slices.SortStableFunc(out, func(a, b source.File) int { return link(a) - link(b) })
+	return out
+}
+
+// checkReused reads what the store had already, before its only other copy may
+// go.
+func (r *run) checkReused(ctx context.Context) error {
+	var mu sync.Mutex
+	var damaged []error
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(max(1, min(r.o.Jobs, runtime.GOMAXPROCS(0))))
+	for _, it := range r.items {
+		if it.sound {
+			continue
+		}
+		g.Go(func() error {
+			s, err := r.hashBlob(ctx, it.digest, it.want.Size)
+			if err != nil {
+				return err
+			}
+			if s == nil || s.digest() != it.digest {
+				mu.Lock()
+				defer mu.Unlock()
+				damaged = append(damaged, fmt.Errorf("the store's copy of file %q, %s, is damaged; run larder verify --quarantine, then this command again", it.want.Path, it.digest))
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return errors.Join(few(damaged)...)
 }
 
 // removeOriginals ends a move: the version is published.
@@ -318,7 +388,7 @@ func (r *run) removeOriginals(version digest.Digest) error {
 		}
 	}
 	var failed []error
-	for _, f := range r.snap.Files {
+	for _, f := range r.linksFirst() {
 		if stays[f.Path] {
 			continue
 		}

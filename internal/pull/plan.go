@@ -20,6 +20,7 @@ type item struct {
 	digest  digest.Digest // once the blob is in the store
 	gitOID  string        // of the content, where the version records it
 	how     How
+	sound   bool  // the blob was made, or read as a whole, by this run
 	resumed int64 // bytes that were there from an earlier pull
 }
 

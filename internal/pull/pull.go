@@ -124,6 +124,9 @@ func Run(ctx context.Context, st *store.Store, src source.Source, o Options) (re
 		}
 	}
 	if o.Move {
+		if err := r.checkReused(ctx); err != nil {
+			return res, fmt.Errorf("%s is in the store, and its files are still where they were: %w", title(snap), err)
+		}
 		if err := r.removeOriginals(res.Version.Digest); err != nil {
 			return res, fmt.Errorf("%s is in the store, but its files could not all be removed from where they were: %w", title(snap), err)
 		}

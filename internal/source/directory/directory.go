@@ -64,6 +64,7 @@ type Source struct {
 type entry struct {
 	name string // below root; what is opened
 	link string // below root: the link that stands for it, or ""
+	to   string // of a link in a plain folder: where it leads
 	was  identity
 }
 
@@ -233,6 +234,9 @@ func (s *Source) walk(ctx context.Context, dir, prefix string) error {
 		}
 		found, err := s.look(real)
 		if err != nil {
+			if d, _ := s.Moving(); d != "" && e.Type() == fs.ModeSymlink && errors.Is(err, source.ErrInvalid) {
+				continue // what it led to has been moved
+			}
 			return err
 		}
 		if len(s.snap.Files) >= modelpack.MaxFiles {
@@ -252,6 +256,7 @@ func (s *Source) look(name string) (entry, error) {
 	e := entry{name: name}
 	if fi.Mode()&fs.ModeSymlink != 0 {
 		target, _ := s.root.Readlink(name)
+		e.to = target
 		if fi, err = s.root.Stat(name); err != nil {
 			return entry{}, refuse(s.full(name), fmt.Sprintf("is a symbolic link to %s, which is missing or outside of %s", target, s.base),
 				"copy the file to the link's place, or remove the link")

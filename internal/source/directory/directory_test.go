@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/larder-project/larder/internal/reference"
@@ -350,5 +351,80 @@ func TestPlace(t *testing.T) {
 	}
 	if diff := cmp.Diff(map[string]bool{"l": false, "m": true}, sole); diff != "" {
 		t.Errorf("files that may be taken over (-want +got):\n%s", diff)
+	}
+}
+
+// While a folder is moved into a store, a link in it is replaced by a new file
+// (mv new link): the new file was never read, and stays.
+func TestALinkThatWasReplacedStays(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "a.bin"), []byte("old"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("a.bin", filepath.Join(dir, "b.bin")); err != nil {
+		t.Fatal(err)
+	}
+	s, err := New(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	snap, err := s.Snapshot(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	fresh := filepath.Join(dir, "..", "fresh")
+	if err := os.WriteFile(fresh, []byte("never read"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(fresh, filepath.Join(dir, "b.bin")); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.BeginMove(digest.FromString("v")); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range snap.Files {
+		if err := s.Remove(f); (f.Path == "b.bin") != errors.Is(err, source.ErrChanged) {
+			t.Errorf("remove %s: %v", f.Path, err)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(dir, "b.bin")); err != nil {
+		t.Errorf("the file that nobody read is lost: %v", err)
+	}
+}
+
+// A crash after the link's target was removed: the same command goes on.
+func TestAMoveGoesOnPastALinkThatLeadsNowhere(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "a.bin"), []byte("old"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("a.bin", filepath.Join(dir, "b.bin")); err != nil {
+		t.Fatal(err)
+	}
+	s, err := New(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	snap, err := s.Snapshot(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.BeginMove(digest.FromString("v")); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Remove(snap.Files[0]); err != nil { // as removeOriginals does, in order
+		t.Fatal(err)
+	}
+	s.Close() // the crash
+	again, err := New(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	if _, err := again.Snapshot(t.Context()); err != nil {
+		t.Errorf("the same command again: %v", err)
 	}
 }

@@ -133,6 +133,9 @@ func (s *Source) Remove(f source.File) error {
 	name := e.name
 	if e.link != "" {
 		name = e.link
+		if to, err := s.root.Readlink(name); err != nil || to != e.to {
+			return changed(s.full(name), "it was replaced, and stays")
+		}
 	}
 	if err := disk.RemoveIn(s.root, name); err != nil {
 		return &source.Error{Op: "remove", What: s.full(name), Err: err}
