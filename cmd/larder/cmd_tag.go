@@ -42,6 +42,7 @@ version moves; that version stays reachable by its commit or digest.
 			if err != nil {
 				return err
 			}
+			st.TouchPulled(a.cfg.Node, v.Digest)
 			m, err := st.Model(v.Digest)
 			if err != nil {
 				return err

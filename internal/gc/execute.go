@@ -115,7 +115,7 @@ func (c *Collector) executeBatch(ctx context.Context, batch []retention.Decision
 	}
 	var out []Outcome
 	err := c.exclusive(ctx, func(x *store.Exclusive, r roots) error {
-		used, err := c.Store.LastUsed()
+		seen, err := c.seen()
 		if err != nil {
 			return err
 		}
@@ -126,7 +126,7 @@ func (c *Collector) executeBatch(ctx context.Context, batch []retention.Decision
 		var gone []v1.Descriptor
 		going := map[digest.Digest]retention.Decision{}
 		for _, d := range batch {
-			if why := changed(d, byDigest[d.Digest], r, used[d.Digest]); why != "" {
+			if why := changed(d, byDigest[d.Digest], r, seen); why != "" {
 				out = append(out, Outcome{Decision: d, Fate: Skipped, Why: why})
 				continue
 			}
@@ -158,7 +158,7 @@ func (c *Collector) executeBatch(ctx context.Context, batch []retention.Decision
 
 // changed says what has changed about a version since it was planned to go, so
 // that it stays; empty: nothing.
-func changed(d retention.Decision, entries []v1.Descriptor, r roots, used time.Time) string {
+func changed(d retention.Decision, entries []v1.Descriptor, r roots, seen seen) string {
 	if len(entries) == 0 {
 		return "it is gone already"
 	}
@@ -173,8 +173,11 @@ func changed(d retention.Decision, entries []v1.Descriptor, r roots, used time.T
 			return "it has got the name " + ref + " since the plan was made"
 		}
 	}
-	if used.After(d.LastUsed) {
+	if seen.used[d.Digest].After(d.LastUsed) {
 		return "it was used since the plan was made"
+	}
+	if seen.pulled[d.Digest].After(d.Pulled) {
+		return "it was pulled again since the plan was made"
 	}
 	return ""
 }

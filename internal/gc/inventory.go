@@ -38,6 +38,7 @@ type VersionInfo struct {
 	Size     int64     // bytes of its distinct blobs
 	Unique   int64     // of these, bytes of blobs that nothing else needs
 	LastUsed time.Time // zero: never known to be used
+	Pulled   time.Time // when it was last asked for again; zero: never
 	Pin      *store.Pin
 	Uses     []usage.Use
 	Damaged  string // why its manifest cannot be read; empty as a rule
@@ -96,7 +97,7 @@ func (c *Collector) look(ctx context.Context) (*Inventory, error) {
 		return nil, err
 	}
 	inv.Failed, inv.Leases = failed, r.leases
-	used, err := c.Store.LastUsed()
+	seen, err := c.seen()
 	if err != nil {
 		return nil, err
 	}
@@ -112,7 +113,7 @@ func (c *Collector) look(ctx context.Context) (*Inventory, error) {
 	if err := inv.blobs(c.Store, g, r); err != nil {
 		return nil, err
 	}
-	return inv, inv.versions(c.Store, g, entries, r, used)
+	return inv, inv.versions(c.Store, g, entries, r, seen)
 }
 
 // blobs lists what the graph knows and what lies in the store besides.
@@ -168,7 +169,7 @@ func (inv *Inventory) blobs(st *store.Store, g *graph, r roots) error {
 
 // versions lists the versions among entries of index.json, with what g knows of
 // their layers and the roots that hold them.
-func (inv *Inventory) versions(st *store.Store, g *graph, entries []v1.Descriptor, r roots, used map[digest.Digest]time.Time) error {
+func (inv *Inventory) versions(st *store.Store, g *graph, entries []v1.Descriptor, r roots, seen seen) error {
 	versions, err := st.Versions()
 	if err != nil {
 		return err
@@ -182,7 +183,7 @@ func (inv *Inventory) versions(st *store.Store, g *graph, entries []v1.Descripto
 			continue // came after the lock was given back
 		}
 		delete(listed, v.Digest)
-		info := VersionInfo{Version: v, Layers: g.layers[v.Digest], LastUsed: used[v.Digest], Uses: r.uses[v.Digest]}
+		info := VersionInfo{Version: v, Layers: g.layers[v.Digest], LastUsed: seen.used[v.Digest], Pulled: seen.pulled[v.Digest], Uses: r.uses[v.Digest]}
 		if p, ok := r.pins[v.Digest]; ok {
 			info.Pin = &p
 		}
@@ -216,6 +217,17 @@ func (inv *Inventory) versions(st *store.Store, g *graph, entries []v1.Descripto
 	return nil
 }
 
+// seen is when versions were last used, and asked for again.
+type seen struct{ used, pulled map[digest.Digest]time.Time }
+
+func (c *Collector) seen() (s seen, err error) {
+	if s.used, err = c.Store.LastUsed(); err != nil {
+		return s, err
+	}
+	s.pulled, err = c.Store.LastPulled()
+	return s, err
+}
+
 // Input is what package retention plans from.
 func (inv *Inventory) Input() retention.Input {
 	in := retention.Input{
@@ -225,7 +237,7 @@ func (inv *Inventory) Input() retention.Input {
 		Now: inv.Time,
 	}
 	for i, v := range inv.Versions {
-		out := retention.Version{Digest: v.Digest, References: v.References, Created: v.Created, LastUsed: v.LastUsed, InUse: users(v.Uses), Damaged: v.Damaged, Layers: v.Layers}
+		out := retention.Version{Digest: v.Digest, References: v.References, Created: v.Created, LastUsed: v.LastUsed, Pulled: v.Pulled, InUse: users(v.Uses), Damaged: v.Damaged, Layers: v.Layers}
 		if v.Pin != nil {
 			out.Pinned = v.Pin.Text()
 		}

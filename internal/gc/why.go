@@ -70,11 +70,11 @@ func (c *Collector) why(ctx context.Context, w *Why) error {
 	}
 	w.Lease = r.leased[w.Digest]
 	w.Inventory = &Inventory{Time: c.Time(), byDigest: map[digest.Digest]int{}}
-	used, err := c.Store.LastUsed()
+	seen, err := c.seen()
 	if err != nil {
 		return err
 	}
-	if err := w.Inventory.versions(c.Store, newGraph(c.Store), entries, r, used); err != nil {
+	if err := w.Inventory.versions(c.Store, newGraph(c.Store), entries, r, seen); err != nil {
 		return err
 	}
 	if v, is := w.Inventory.Version(w.Digest); is {

@@ -114,7 +114,9 @@ func Run(ctx context.Context, st *store.Store, src source.Source, o Options) (re
 	if res.Version, res.Unchanged, err = r.published(ctx, res.Model); err != nil {
 		return Result{}, about(snap, err)
 	}
-	if !res.Unchanged {
+	if res.Unchanged {
+		st.TouchPulled(o.Node, res.Version.Digest)
+	} else {
 		publish := st.Publish
 		if o.New {
 			publish = st.PublishNew

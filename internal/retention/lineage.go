@@ -184,13 +184,16 @@ func current(versions []Version, l []member) int {
 
 func used(v *Version) bool { return len(v.InUse) > 0 || !v.LastUsed.IsZero() }
 
-// lastTime is when a version was last used or came, whichever is later: now for
+// lastTime is when a version was last used, came or was asked for again,
+// whichever is latest: now for
 // what is in use, and for what lies in the future or is not known at all, for
 // nothing may go because a clock is wrong.
 func lastTime(v *Version, now time.Time) time.Time {
 	t := v.Created
-	if v.LastUsed.After(t) {
-		t = v.LastUsed
+	for _, later := range []time.Time{v.LastUsed, v.Pulled} {
+		if later.After(t) {
+			t = later
+		}
 	}
 	if t.After(now) || t.IsZero() || len(v.InUse) > 0 {
 		return now

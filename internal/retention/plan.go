@@ -166,7 +166,8 @@ func (p *planner) rank(version int, m *model) int { return slices.Index(p.of[ver
 func (p *planner) always(version int, m *model, rule Rule) (v verdict, fixed bool) {
 	in := &p.in.Versions[version]
 	since := p.in.Now.Sub(p.last[version])
-	young := since < rule.MinAge || in.Created.IsZero() && in.LastUsed.IsZero()
+	unknown := in.Created.IsZero() && in.LastUsed.IsZero() && in.Pulled.IsZero()
+	young := since < rule.MinAge || unknown
 	switch {
 	case len(in.InUse) > 0:
 		return verdict{InUse, "in use by " + andMore(in.InUse), m}, true
@@ -178,7 +179,7 @@ func (p *planner) always(version int, m *model, rule Rule) (v verdict, fixed boo
 		return verdict{Protected, "its rule says protect", m}, true
 	case m != nil && m.rule < 0:
 		return verdict{NoRule, "no rule names " + m.name, m}, young
-	case young && in.Created.IsZero() && in.LastUsed.IsZero():
+	case unknown:
 		return verdict{Young, "when it came and when it was used is not known", m}, true
 	case young:
 		return verdict{Young, fmt.Sprintf("%s, less than %s ago", p.lastWords(version), span(rule.MinAge)), m}, true
@@ -206,7 +207,10 @@ func (p *planner) wanted(m *model, rule Rule, mem, heir *member, place int) verd
 	var failed []string
 	if rule.UnusedFor > 0 {
 		text := "not used for " + age(since)
-		if !used(&p.in.Versions[mem.version]) {
+		switch v := &p.in.Versions[mem.version]; {
+		case pulledLast(v):
+			text = "pulled again " + age(since) + " ago, not used since"
+		case !used(v):
 			text = "never used, came " + age(since) + " ago"
 		}
 		failed = append(failed, fmt.Sprintf("%s, the limit is %s", text, span(rule.UnusedFor)))
@@ -222,10 +226,19 @@ func (p *planner) wanted(m *model, rule Rule, mem, heir *member, place int) verd
 func (p *planner) lastWords(version int) string {
 	v := &p.in.Versions[version]
 	what := "came"
-	if used(v) && !v.LastUsed.Before(v.Created) {
+	switch {
+	case pulledLast(v):
+		what = "was pulled again"
+	case used(v) && !v.LastUsed.Before(v.Created):
 		what = "was used"
 	}
 	return fmt.Sprintf("%s %s ago", what, age(p.in.Now.Sub(p.last[version])))
+}
+
+// pulledLast tells whether nothing has happened to a version since it was asked
+// for again.
+func pulledLast(v *Version) bool {
+	return len(v.InUse) == 0 && v.Pulled.After(v.LastUsed) && v.Pulled.After(v.Created)
 }
 
 // abandoned tells whether nobody wants a model any more: no version that is
@@ -357,7 +370,7 @@ func (p *planner) inOrder() []int {
 func (p *planner) decision(i int) Decision {
 	v := p.verdicts[i]
 	in := &p.in.Versions[i]
-	d := Decision{Digest: in.Digest, References: in.References, LastUsed: in.LastUsed, Reason: v.reason, Why: v.why}
+	d := Decision{Digest: in.Digest, References: in.References, LastUsed: in.LastUsed, Pulled: in.Pulled, Reason: v.reason, Why: v.why}
 	if v.model != nil {
 		d.Model = v.model.name
 	}

@@ -20,6 +20,7 @@ type stored struct {
 	refs   string // separated by spaces; the first names it in the test's expectations
 	came   string // ago
 	used   string // ago; empty: never
+	pulled string // likewise: when it was last asked for again
 	inUse  bool
 	pinned bool
 	broken bool
@@ -45,7 +46,7 @@ func input(t testing.TB, versions ...stored) Input {
 			}
 			return now.Add(-d)
 		}
-		v.Created, v.LastUsed = ago(s.came), ago(s.used)
+		v.Created, v.LastUsed, v.Pulled = ago(s.came), ago(s.used), ago(s.pulled)
 		if s.inUse {
 			v.InUse = []string{"container eager_lamport", "volume x"}
 		}
@@ -144,6 +145,19 @@ func TestRules(t *testing.T) {
 			want: map[string]Reason{
 				"hf://a/old@main": Unused, "hf://a/never@main": Unused, "hf://a/limit@main": Unused,
 				"hf://a/used@main": Recent, "hf://a/fresh@main": Recent,
+			},
+		},
+		"what was asked for again is as young as that, and not ever used by it": {
+			policy: "rules: [{models: ['*'], unusedFor: 7d, minAge: 1d, rollback: 1}]",
+			versions: []stored{
+				{refs: "hf://a/just@main", came: "90d", pulled: "1h"},
+				{refs: "hf://a/again@main", came: "90d", used: "80d", pulled: "6d"},
+				{refs: "hf://a/long@main", came: "90d", pulled: "8d"},
+				{refs: "m:1", came: "90d", pulled: "50d"}, {refs: "m:0", came: "99d", used: "60d"}, {refs: "m:2", came: "9d"},
+			},
+			want: map[string]Reason{
+				"hf://a/just@main": Young, "hf://a/again@main": Recent, "hf://a/long@main": Unused,
+				"m:2": Rollback, "m:0": Rollback, "m:1": Unused,
 			},
 		},
 		"the newest N by semantic version stay, pre-releases in their place": {

@@ -23,6 +23,7 @@ type Version struct {
 	Digest     digest.Digest
 	References []string  // as the store lists them; what a rule's patterns see is reference.Source
 	Created    time.Time // when it came into the store
+	Pulled     time.Time // when it was last asked for again, by a pull or a new name; zero: never
 	// LastUsed is when it was last known to be in use; zero where it never was.
 	LastUsed time.Time
 	InUse    []string // who uses it now, for a person; empty: nobody
@@ -94,6 +95,7 @@ type Decision struct {
 	Why      string
 	Rule     string    // of the policy: "rules[1] (ci-*)", "pressure", or empty
 	LastUsed time.Time // as the plan saw it
+	Pulled   time.Time // likewise
 	// Frees is how many bytes go with it, after those that the plan removes
 	// before it. Zero for what stays.
 	Frees int64

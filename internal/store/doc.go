@@ -8,6 +8,7 @@
 //	DIR/leases/NODE/ID.lease         digests that a running process relies on
 //	DIR/leases/NODE/HEX              versions that a node's volumes use
 //	DIR/usage/NODE/HEX               its time of change: when last mounted
+//	DIR/usage/NODE/HEX.pulled        likewise: when last pulled or named again
 //	DIR/trash/ID/                    what was removed, until it is emptied
 //	DIR/lock                         the lock below
 //

@@ -244,8 +244,20 @@ func (s *Store) Users() (map[digest.Digest][]string, error) {
 // TouchUsage notes that a version is being used on a node, by the time of
 // change of a file. It is statistics: a failure loses nothing, and a clock that
 // was set back takes nothing back.
-func (s *Store) TouchUsage(node string, version digest.Digest) {
-	path := s.path("usage", node, version.Encoded())
+func (s *Store) TouchUsage(node string, version digest.Digest) { s.touch(node, version.Encoded()) }
+
+// TouchPulled notes likewise that somebody has asked for a version to be in the
+// store that was there already: by pulling, importing or naming it again.
+func (s *Store) TouchPulled(node string, version digest.Digest) {
+	if CheckNode(node) == nil {
+		s.touch(node, version.Encoded()+pulledSuffix)
+	}
+}
+
+const pulledSuffix = ".pulled"
+
+func (s *Store) touch(node, name string) {
+	path := s.path("usage", node, name)
 	now := s.now()
 	fi, err := os.Lstat(path)
 	if err == nil && fi.ModTime().After(now) {
@@ -266,7 +278,15 @@ func (s *Store) TouchUsage(node string, version digest.Digest) {
 
 // LastUsed is when each version was last mounted, unmounted or seen in use on
 // any node. A version that is not in the map never was.
-func (s *Store) LastUsed() (map[digest.Digest]time.Time, error) {
+func (s *Store) LastUsed() (map[digest.Digest]time.Time, error) { return s.lastTouched("") }
+
+// LastPulled is when each version was last asked for again, on any node; see
+// TouchPulled.
+func (s *Store) LastPulled() (map[digest.Digest]time.Time, error) {
+	return s.lastTouched(pulledSuffix)
+}
+
+func (s *Store) lastTouched(suffix string) (map[digest.Digest]time.Time, error) {
 	out := map[digest.Digest]time.Time{}
 	nodes, err := os.ReadDir(s.path("usage"))
 	if err != nil {
@@ -278,7 +298,8 @@ func (s *Store) LastUsed() (map[digest.Digest]time.Time, error) {
 			return nil, fmt.Errorf("read usage: %w", err)
 		}
 		for _, e := range entries {
-			if !isBlobName(e.Name()) {
+			name, ok := strings.CutSuffix(e.Name(), suffix)
+			if !ok || !isBlobName(name) {
 				continue
 			}
 			fi, err := e.Info()
@@ -288,7 +309,7 @@ func (s *Store) LastUsed() (map[digest.Digest]time.Time, error) {
 			if err != nil {
 				return nil, fmt.Errorf("read usage: %w", err)
 			}
-			d := digest.NewDigestFromEncoded(digest.SHA256, e.Name())
+			d := digest.NewDigestFromEncoded(digest.SHA256, name)
 			if fi.ModTime().After(out[d]) {
 				out[d] = fi.ModTime()
 			}
@@ -323,7 +344,7 @@ func (x *Exclusive) ForgetUsage() error {
 			return fmt.Errorf("read usage: %w", err)
 		}
 		for _, e := range entries {
-			if !known[e.Name()] {
+			if !known[strings.TrimSuffix(e.Name(), pulledSuffix)] {
 				if err := ignoreAbsent(disk.Remove(x.s.path("usage", node.Name(), e.Name()))); err != nil {
 					return fmt.Errorf("forget usage: %w", err)
 				}
