@@ -130,8 +130,6 @@ func (l Limit) check() error {
 		return fmt.Errorf("%w: a plain upper has no size", ErrLimit)
 	case l.Bytes < MinBytes:
 		return fmt.Errorf("%w: a size of %d bytes is too small, the least is 1 MiB", ErrLimit, l.Bytes)
-	case l.Backend == Loop && l.Bytes < MinLoopBytes:
-		return tooSmallForLoop(l.Bytes)
 	}
 	return nil
 }
@@ -160,20 +158,28 @@ func chooseBackend(dir string, limit Limit) (Backend, error) {
 		return Tmpfs, nil
 	case limit.Bytes == 0:
 		return Plain, nil
-	case limit.Backend == Quota || limit.Backend == Loop:
-		return limit.Backend, nil
+	case limit.Backend == Quota:
+		return Quota, nil
 	}
 	if _, err := os.Lstat(filepath.Join(dir, imageName)); err == nil {
 		return Loop, nil
 	}
-	ok, err := quotaEnforced(dir)
-	if err != nil {
+	// Only an upper under a quota has a limit, and its work folder in dir.
+	_, absent := os.Lstat(filepath.Join(dir, workName))
+	underQuota := absent == nil
+	var on bool
+	var err error
+	if limit.Backend != Loop || underQuota {
+		on, err = quotaEnforced(dir)
+	}
+	switch {
+	case err != nil:
 		return "", err
-	}
-	if ok {
+	case on:
 		return Quota, nil
-	}
-	if limit.Bytes < MinLoopBytes {
+	case underQuota:
+		return "", fmt.Errorf("%w: what is kept here was written under a project quota, which nothing enforces now; %s; nothing of it is lost", ErrLimit, quotaAdvice)
+	case limit.Bytes < MinLoopBytes:
 		return "", tooSmallForLoop(limit.Bytes)
 	}
 	return Loop, nil

@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -161,6 +163,44 @@ func TestLimitedUpperIsTakenUpAgain(t *testing.T) {
 		}
 		wantBytes(t, filepath.Join(mt.Target, "kept"), []byte("kept"))
 	})
+}
+
+// What was written under a project quota is not hidden by a new loop image once
+// the mount option has gone, and is there again when that is back.
+func TestUpperUnderAQuotaIsRefusedWithoutIt(t *testing.T) {
+	for _, fstype := range []string{"xfs", "ext4"} {
+		t.Run(fstype, func(t *testing.T) {
+			f := testenv.LoopFS(t, fstype, 400<<20, "prjquota")
+			h := newHost(t, f.Dir)
+			dir := h.view(view.Spec{Models: []view.Model{h.model(map[string][]byte{"f": []byte("f")})}}, methods(t)[0])
+			limit := Limit{Bytes: 24 << 20}
+			mt, u := h.mount(dir, methods(t)[0], limit)
+			if err := os.WriteFile(filepath.Join(mt.Target, "kept"), []byte("kept"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			if err := Unmount(mt.Target); err != nil {
+				t.Fatal(err)
+			}
+			f.Unmount()
+			if out, err := exec.Command("mount", "-t", fstype, "-o", "loop,noquota", f.Image, f.Dir).CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			for _, backend := range []Backend{Auto, Loop} {
+				v, err := NewUpper(t.Context(), u.Dir, dir, h.state, Limit{Bytes: limit.Bytes, Backend: backend})
+				if !errors.Is(err, ErrLimit) || !strings.Contains(err.Error(), quotaAdvice) {
+					t.Errorf("%s without quotas: %+v, %v; want ErrLimit and how to get them back", backend, v, err)
+				}
+			}
+			f.Unmount()
+			f.Mount()
+			again, err := NewUpper(t.Context(), u.Dir, dir, h.state, limit)
+			if err != nil || again != u {
+				t.Fatalf("with quotas again: %+v, %v; want %+v", again, err, u)
+			}
+			h.do(mt)
+			wantBytes(t, filepath.Join(mt.Target, "kept"), []byte("kept"))
+		})
+	}
 }
 
 func TestRemovedUpperGivesBackItsSpace(t *testing.T) {
