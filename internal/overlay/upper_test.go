@@ -359,6 +359,31 @@ mkdir .deep-1 .deep-2; touch .deep-3
 	}
 }
 
+// An owner of files may give them another project, and a folder that hands on
+// its own takes in none of another.
+func TestRemovalWhateverProjectsAContainerSet(t *testing.T) {
+	for _, fstype := range []string{"xfs", "ext4"} {
+		t.Run(fstype, func(t *testing.T) {
+			h := newHost(t, testenv.LoopFS(t, fstype, 400<<20, "prjquota").Dir)
+			dir := h.view(view.Spec{Models: []view.Model{h.model(map[string][]byte{"f": []byte("f")})}}, methods(t)[0])
+			mt, u := h.mount(dir, methods(t)[0], Limit{Bytes: 24 << 20})
+			nest(t, mt.Target, 200)
+			if err := disk.SetProject(mt.Target, 0); err != nil {
+				t.Fatal(err)
+			}
+			if err := Unmount(mt.Target); err != nil {
+				t.Fatal(err)
+			}
+			if err := RemoveUpper(u.Dir); err != nil {
+				t.Errorf("%.300v", err)
+			}
+			if _, err := os.Lstat(u.Dir); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("the upper: %v", err)
+			}
+		})
+	}
+}
+
 // A mount inside an upper that Larder did not make is not emptied.
 func TestRemovalStopsAtAnotherMount(t *testing.T) {
 	h := newHost(t, testenv.LoopFS(t, "ext4", 64<<20).Dir)
