@@ -141,13 +141,21 @@ func CheckLimit(dir string, limit Limit) error {
 	}
 	backend, err := chooseBackend(dir, limit)
 	if err == nil && backend == Loop {
-		err = checkLoop()
+		err = checkLoop(limit)
 	}
 	return err
 }
 
-func tooSmallForLoop(n int64) error {
-	return fmt.Errorf("%w: a size of %d bytes is too small for a loop image, the least is 16 MiB; the file system below has no project quotas (`larder doctor` says how to get them)", ErrLimit, n)
+func tooSmallForLoop(limit Limit) error {
+	return fmt.Errorf("%w: a size of %d bytes is too small for a loop image, the least is 16 MiB; %s", ErrLimit, limit.Bytes, whyLoop(limit))
+}
+
+// whyLoop is why a limit is kept by a loop image.
+func whyLoop(limit Limit) string {
+	if limit.Backend == Loop {
+		return "only loop images are asked for (setting volumes.limit)"
+	}
+	return "the file system below has no project quotas (`larder doctor` says how to get them)"
 }
 
 // chooseBackend stays with what dir was made as: a limit that was set is not
@@ -180,7 +188,7 @@ func chooseBackend(dir string, limit Limit) (Backend, error) {
 	case underQuota:
 		return "", fmt.Errorf("%w: what is kept here was written under a project quota, which nothing enforces now; %s; nothing of it is lost", ErrLimit, quotaAdvice)
 	case limit.Bytes < MinLoopBytes:
-		return "", tooSmallForLoop(limit.Bytes)
+		return "", tooSmallForLoop(limit)
 	}
 	return Loop, nil
 }

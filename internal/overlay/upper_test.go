@@ -35,6 +35,7 @@ var limits = []struct {
 	{"ext4", nil, Auto, Loop, nil},
 	{"xfs", nil, Auto, Loop, mkfsNames},
 	{"btrfs", nil, Auto, Loop, nil},
+	{"xfs", []string{"prjquota"}, Loop, Loop, mkfsNames},
 	{"ext4", nil, Tmpfs, Tmpfs, nil},
 }
 
@@ -107,6 +108,30 @@ func TestLimitIsKept(t *testing.T) {
 			}
 		}
 	})
+}
+
+// The owner of a file may give it another project, without any privilege. A
+// quota does not hold against that, and the manual says so; a loop image does.
+func TestALoopImageHoldsAgainstAnOwnerWhoLeavesHisProject(t *testing.T) {
+	testenv.NeedPrograms(t, "chattr")
+	for _, fstype := range []string{"xfs", "ext4"} {
+		t.Run(fstype, func(t *testing.T) {
+			h := newHost(t, testenv.LoopFS(t, fstype, 400<<20, "prjquota").Dir)
+			dir := h.view(view.Spec{Models: []view.Model{h.model(map[string][]byte{"f": []byte("f")})}}, methods(t)[0])
+			for backend, holds := range map[Backend]bool{Quota: false, Loop: true} {
+				limit := Limit{Bytes: 24 << 20, Backend: backend}
+				mt, _ := h.mount(dir, methods(t)[0], limit)
+				out, _ := as(1000, `mkdir "$1" && chattr -p 0 "$1"; dd if=/dev/zero of="$1/fill" bs=64k count=640 conv=fsync`, filepath.Join(mt.Target, "own"))
+				fi, err := os.Stat(filepath.Join(mt.Target, "own", "fill"))
+				if err != nil {
+					t.Fatalf("%v\n%s", err, out)
+				}
+				if n := fi.Size(); n > limit.Bytes == holds {
+					t.Errorf("%s: %d bytes were written, the limit is %d; want it to hold: %t\n%s", backend, n, limit.Bytes, holds, out)
+				}
+			}
+		})
+	}
 }
 
 func appendTo(path string) error {
@@ -193,9 +218,11 @@ func TestUpperUnderAQuotaIsRefusedWithoutIt(t *testing.T) {
 			}
 			f.Unmount()
 			f.Mount()
-			again, err := NewUpper(t.Context(), u.Dir, dir, h.state, limit)
-			if err != nil || again != u {
-				t.Fatalf("with quotas again: %+v, %v; want %+v", again, err, u)
+			for _, backend := range []Backend{Auto, Loop} {
+				again, err := NewUpper(t.Context(), u.Dir, dir, h.state, Limit{Bytes: limit.Bytes, Backend: backend})
+				if err != nil || again != u {
+					t.Fatalf("%s with quotas again: %+v, %v; want %+v", backend, again, err, u)
+				}
 			}
 			h.do(mt)
 			wantBytes(t, filepath.Join(mt.Target, "kept"), []byte("kept"))
