@@ -173,6 +173,9 @@ func TestABindCopyInAUserNamespaceIsAUse(t *testing.T) {
 			n.create("v", options...)
 			dir := n.mount("v", "a")
 			stop := namespace(t, fmt.Sprintf("mount --bind %q %q", dir, t.TempDir()), "-Ur")
+			if err := n.Reap(t.Context()); err != nil { // notes that a container has it
+				t.Fatal(err)
+			}
 			used := func(when string) {
 				t.Helper()
 				mounts, err := n.Mounts(t.Context())
@@ -197,6 +200,7 @@ func TestABindCopyInAUserNamespaceIsAUse(t *testing.T) {
 				t.Fatal(err)
 			}
 			stop()
+			n.unmount("v", "a")
 			if err := n.Remove(t.Context(), "v"); err != nil {
 				t.Error(err)
 			}
