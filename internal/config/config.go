@@ -55,6 +55,8 @@ type Config struct {
 	GPUHelper     string   // path of larder-gpu; empty: beside the program, or on the PATH
 	Kubelet       string   // folder of the kubelet
 
+	LoopOnly bool // only loop images bound what may be written to the disk, never project quotas
+
 	Policy string // file with the policy of clean-up; where it is not there, nothing is removed
 
 	Listen      string // where the sidecar serves: HOST:PORT, or unix://PATH
@@ -148,6 +150,9 @@ func Keys() []Key {
 		usageKey("containerd", func(c *Config, m Mode) { c.UsageContainerd = m }),
 		usageKey("gpu", func(c *Config, m Mode) { c.UsageGPU = m }),
 		usageKey("csi", func(c *Config, m Mode) { c.UsageCSI = m }),
+		{Name: "volumes.limit", Env: []string{"LARDER_VOLUMES_LIMIT"}, Default: "auto",
+			Usage: "what keeps the option size on disk: auto (a project quota where there is one), or loop (always a loop image, which containers cannot leave)",
+			set:   setLimit},
 		{Name: "policy", Flag: "policy", Env: []string{"LARDER_POLICY"}, Default: "/etc/larder/policy.yaml", kind: path,
 			Usage: "file with the policy of clean-up; without it nothing is removed",
 			set:   setPath(func(c *Config, v string) { c.Policy = v })},
@@ -328,6 +333,14 @@ func setHubCalls(c *Config, v string) error {
 		return fmt.Errorf("%.100q is not a number of calls", v)
 	}
 	c.HubCalls = n
+	return nil
+}
+
+func setLimit(c *Config, v string) error {
+	if v != "auto" && v != "loop" {
+		return fmt.Errorf("%.100q is not auto or loop", v)
+	}
+	c.LoopOnly = v == "loop"
 	return nil
 }
 

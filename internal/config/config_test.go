@@ -32,7 +32,7 @@ func load(t *testing.T, file string, env map[string]string, args ...string) (Con
 func TestFlagsBeatEnvironmentBeatsFileBeatsDefaults(t *testing.T) {
 	t.Parallel()
 	const file = "root: /file\nstate: /file/state\nnode: in-file\njobs: 3\nhub:\n  endpoint: http://file/\nusage:\n  docker: off\nsidecar:\n  listen: unix:///run/l.sock\n  allow-remote: false\n"
-	env := map[string]string{"LARDER_ROOT": "/env", "LARDER_STATE": "/env/state", "LARDER_SOCKET": "", "HF_ENDPOINT": "http://env", "LARDER_USAGE_CONTAINERD": "on", "LARDER_SIDECAR_ALLOW_REMOTE": "1"}
+	env := map[string]string{"LARDER_ROOT": "/env", "LARDER_STATE": "/env/state", "LARDER_SOCKET": "", "HF_ENDPOINT": "http://env", "LARDER_USAGE_CONTAINERD": "on", "LARDER_VOLUMES_LIMIT": "loop", "LARDER_SIDECAR_ALLOW_REMOTE": "1"}
 	c, err := load(t, file, env, "--root", "/flag")
 	if err != nil {
 		t.Fatal(err)
@@ -54,7 +54,7 @@ func TestFlagsBeatEnvironmentBeatsFileBeatsDefaults(t *testing.T) {
 		"node": in("3"), "jobs": in("4"), "hub.calls-per-minute": "default", "hub.endpoint": "HF_ENDPOINT", "hub.token-file": "default", "docker.host": "default",
 		"docker.drivers": "default", "containerd.address": "default", "gpu.helper": "default", "csi.kubelet": "default",
 		"usage.docker": in("8"), "usage.containerd": "LARDER_USAGE_CONTAINERD", "usage.gpu": "default", "usage.csi": "default",
-		"policy": "default", "sidecar.listen": in("10"), "sidecar.allow-remote": "LARDER_SIDECAR_ALLOW_REMOTE",
+		"volumes.limit": "LARDER_VOLUMES_LIMIT", "policy": "default", "sidecar.listen": in("10"), "sidecar.allow-remote": "LARDER_SIDECAR_ALLOW_REMOTE",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("where values come from (-want +got):\n%s", diff)
@@ -65,7 +65,7 @@ func TestFlagsBeatEnvironmentBeatsFileBeatsDefaults(t *testing.T) {
 		Node: "in-file", Jobs: 3, HubEndpoint: "http://env", DockerHost: "unix:///var/run/docker.sock",
 		UsageDocker: Off, UsageContainerd: On, UsageGPU: Auto, UsageCSI: Auto,
 		Containerd: []string{"/run/docker/containerd/containerd.sock", "/run/containerd/containerd.sock"}, Kubelet: "/var/lib/kubelet",
-		Policy: "/etc/larder/policy.yaml", Listen: "unix:///run/l.sock", AllowRemote: true,
+		LoopOnly: true, Policy: "/etc/larder/policy.yaml", Listen: "unix:///run/l.sock", AllowRemote: true,
 	}, c, cmp.AllowUnexported(Config{})); diff != "" {
 		t.Errorf("settings (-want +got):\n%s", diff)
 	}
@@ -119,6 +119,7 @@ func TestSettingsAreRefusedWithWhatIsAllowed(t *testing.T) {
 		"endpoint with a query":      {env: map[string]string{"HF_ENDPOINT": "http://x?a=b"}, want: "has a query"},
 		"docker host":                {env: map[string]string{"DOCKER_HOST": "/run/docker.sock"}, want: "is not unix://PATH or tcp://HOST:PORT"},
 		"mode of a source":           {file: "usage:\n  docker: maybe\n", want: `config.yaml:2): "maybe" is not auto, on or off`},
+		"limit that is not known":    {file: "volumes:\n  limit: quota\n", want: `config.yaml:2): "quota" is not auto or loop`},
 		"mode that is no word":       {file: "usage:\n  docker: true\n", want: "config.yaml:2: usage.docker takes text"},
 		"containerd":                 {env: map[string]string{"LARDER_CONTAINERD_ADDRESS": "/a.sock,b.sock"}, want: "is not the absolute path of a socket"},
 		"drivers":                    {env: map[string]string{"LARDER_DOCKER_DRIVERS": "larder,,x"}, want: "has an empty name"},

@@ -92,6 +92,20 @@ func SetProject(path string, id uint32) error {
 	})
 }
 
+// takeAnyProject lets anything be moved into an open folder. One that hands its
+// project on takes in nothing of another: EXDEV.
+func takeAnyProject(fd int, path string) error {
+	var a fsxattr
+	if err := ioctl(fd, fsIocFsgetxattr, unsafe.Pointer(&a)); err != nil {
+		return quotaError("read project id", path, err)
+	}
+	if err := step("setproject", path); err != nil {
+		return err
+	}
+	a.xflags &^= fsXflagProjinherit
+	return quotaError("set project id", path, ioctl(fd, fsIocFssetxattr, unsafe.Pointer(&a)))
+}
+
 // ProjectQuotaOn tells whether the file system that holds path enforces limits
 // on projects.
 func ProjectQuotaOn(path string) (bool, error) {

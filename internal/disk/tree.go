@@ -46,8 +46,9 @@ func RemoveTree(path string) error {
 type treeRemover struct {
 	root  string
 	dev   uint64
-	top   int // descriptor of the root folder
-	moved int // folders moved up so far
+	top   int  // descriptor of the root folder
+	moved int  // folders moved up so far
+	open  bool // the root folder takes in files of any project
 }
 
 // entry removes one name of the folder dir. path is for messages and steps.
@@ -125,6 +126,13 @@ func (r *treeRemover) moveUp(dir int, name, path string) (bool, error) {
 		r.moved++
 		err := unix.Renameat2(dir, name, r.top, fmt.Sprintf(".deep-%d", r.moved), unix.RENAME_NOREPLACE)
 		if errors.Is(err, unix.EEXIST) {
+			continue
+		}
+		if errors.Is(err, unix.EXDEV) && !r.open {
+			r.open = true
+			if err := takeAnyProject(r.top, r.root); err != nil {
+				return false, err
+			}
 			continue
 		}
 		if err != nil {

@@ -134,7 +134,7 @@ func (d *doctor) store() *store.Store {
 
 // state opens this node's state, and gives its volumes where it can.
 func (d *doctor) state(ctx context.Context, st *store.Store) *volume.Manager {
-	volumes, err := volume.Open(ctx, volume.Config{Store: st, State: d.c.State, Node: d.c.Node})
+	volumes, err := volume.Open(ctx, volume.Config{Store: st, State: d.c.State, Node: d.c.Node, LoopOnly: d.c.LoopOnly})
 	if err != nil {
 		advice := "name another folder with --state, or put this one right"
 		var hinted interface{ Hint() string }
@@ -224,6 +224,13 @@ func (d *doctor) capabilities(caps overlay.Capabilities) {
 		found := c.cap.Reason
 		if found == "" {
 			found = "works"
+		}
+		switch quota := c.name == "quota"; {
+		case quota && d.c.LoopOnly:
+			v, advice, found = Good, "", "not used: volumes.limit is loop"+d.from("volumes.limit")
+		case quota && c.cap.OK:
+			found += "; a container can take files that are its own user's out of their project (FS_IOC_FSSETXATTR), and nothing bounds those"
+			advice = "where containers are not trusted, set volumes.limit to loop"
 		}
 		d.find(c.name, v, advice, "%s", found)
 	}

@@ -72,6 +72,32 @@ func TestCapabilitiesBecomeFindings(t *testing.T) {
 	}
 }
 
+// Quotas are kept by who keeps to them; a setting does without.
+func TestWhatQuotasDoNotHoldAgainstIsSaid(t *testing.T) {
+	t.Parallel()
+	works, fails := overlay.Capability{OK: true, Reason: "it was tried"}, overlay.Capability{Reason: "none here", Advice: "mount it so"}
+	for name, tc := range map[string]struct {
+		loopOnly bool
+		quota    overlay.Capability
+		verdict  Verdict
+		says     string
+	}{
+		"quotas":           {false, works, Good, "it was tried; a container can take files"},
+		"no quotas":        {false, fails, Better, "none here -> mount it so"},
+		"quotas not used":  {true, works, Good, "not used: volumes.limit is loop"},
+		"none, none asked": {true, fails, Good, "not used: volumes.limit is loop"},
+	} {
+		d := &doctor{c: config.Config{LoopOnly: tc.loopOnly}}
+		d.capabilities(overlay.Capabilities{Method: view.DataOnly, DataOnly: works, Lower: works, HardLink: works, Quota: tc.quota, Tmpfs: works, Loop: works})
+		for _, f := range d.out {
+			said := f.Found + " -> " + f.Advice
+			if f.Name == "quota" && (f.Verdict != tc.verdict || !strings.Contains(said, tc.says) || strings.Contains(said, "set volumes.limit to loop") != (name == "quotas")) {
+				t.Errorf("%s: %+v", name, f)
+			}
+		}
+	}
+}
+
 func TestPluginThatAnswersAndOthers(t *testing.T) {
 	t.Parallel()
 	listen := func(t *testing.T, answer string) string {

@@ -32,10 +32,15 @@ const Proc = "/proc"
 type Namespace struct {
 	// ID is the inode number of the namespace, 0 where the kernel does not
 	// tell it for want of the right to trace its processes.
-	ID     uint64
-	Own    bool  // it is the caller's
-	PIDs   []int // processes in it, at least one
-	Mounts []*mountinfo.Info
+	ID  uint64
+	Own bool // it is the caller's
+	// Foreign: it belongs to another user namespace than the caller's, and
+	// whoever owns that mounts in it what he likes, with any folders named in
+	// the options; copies of the host's mounts keep their device number there.
+	// False where it cannot be told.
+	Foreign bool
+	PIDs    []int // processes in it, at least one
+	Mounts  []*mountinfo.Info
 
 	parents map[int]*mountinfo.Info // by the number of a mount in Mounts
 }
@@ -185,7 +190,8 @@ type namespace struct {
 	parents map[int]*mountinfo.Info // by the number of the mount that lies on it
 	// whole: the mounts were read through a process that sees all of them. A
 	// process that has changed its root sees only those below it.
-	whole bool
+	whole   bool
+	foreign bool
 }
 
 // process notes the namespaces of a process. Its threads are asked one by one:
@@ -239,6 +245,7 @@ func (s *scan) task(task string, pid int) error {
 	}
 	root, _ := os.Readlink(filepath.Join(task, "root"))
 	seen, err := s.table(task)
+	foreign := seen != nil && len(seen.mounts) > 0 && s.foreign(task)
 	if err != nil || seen == nil {
 		// The next process of this namespace is asked. If there is none, the
 		// namespace has ended.
@@ -252,7 +259,32 @@ func (s *scan) task(task string, pid int) error {
 	maps.Copy(ns.mounts, seen.mounts)
 	maps.Copy(ns.parents, seen.parents)
 	ns.whole = root == "/"
+	ns.foreign = ns.foreign || foreign
 	return nil
+}
+
+// nsGetUserns is NS_GET_USERNS of linux/nsfs.h: it opens the user namespace
+// that owns a namespace, unless that lies above the caller's.
+const nsGetUserns = 0xb701
+
+// foreign tells whether a task's mount namespace is known to belong to another
+// user namespace than the caller's.
+func (s *scan) foreign(task string) bool {
+	var own, owner unix.Stat_t
+	if unix.Stat(filepath.Join(s.q.Proc, "thread-self/ns/user"), &own) != nil {
+		return false
+	}
+	ns, err := unix.Open(filepath.Join(task, "ns/mnt"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(ns)
+	user, err := unix.IoctlRetInt(ns, nsGetUserns)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(user)
+	return unix.Fstat(user, &owner) == nil && (owner.Dev != own.Dev || owner.Ino != own.Ino)
 }
 
 // stranger notes a task whose namespace is hidden: without CAP_SYS_PTRACE, or
@@ -360,7 +392,7 @@ func (s *scan) result(own string) ([]Namespace, error) {
 		if len(ns.mounts) == 0 {
 			return
 		}
-		n := Namespace{ID: id, Own: own, PIDs: ns.pids, parents: ns.parents}
+		n := Namespace{ID: id, Own: own, Foreign: ns.foreign, PIDs: ns.pids, parents: ns.parents}
 		for _, k := range slices.Sorted(maps.Keys(ns.mounts)) {
 			n.Mounts = append(n.Mounts, ns.mounts[k])
 		}

@@ -262,6 +262,26 @@ func TestAnUnreadableProcIsAnError(t *testing.T) {
 	}
 }
 
+// A container may own its mount namespace by a user namespace of its own.
+func TestNamespacesOfOtherUserNamespacesAreForeign(t *testing.T) {
+	_, name := tmpfs(t)
+	elsewhere(t, "sleep 1000; :")
+	elsewhere(t, "unshare --user --map-root-user --mount sleep 1000; :")
+	var got []bool
+	waitFor(t, func() bool {
+		spaces, err := Read(t.Context(), Query{Want: bySource(name)})
+		got = nil
+		for _, ns := range spaces {
+			got = append(got, ns.Foreign)
+		}
+		return err == nil && len(got) == 4
+	})
+	// Ours, the two of elsewhere, and the one within.
+	if n := len(slices.DeleteFunc(slices.Clone(got), func(foreign bool) bool { return !foreign })); n != 1 {
+		t.Errorf("foreign: %v, want one", got)
+	}
+}
+
 // Without the right to trace others, namespaces have no number, but their
 // mounts are known, and one that is ours is not taken for another.
 func TestReadWithoutTheRightToTrace(t *testing.T) {

@@ -106,10 +106,10 @@ func runMkfs(ctx context.Context, mkfs, image string) error {
 	return nil
 }
 
-// checkLoop tells why this host has no loop images.
-func checkLoop() error {
+// checkLoop tells why this host cannot keep a limit by a loop image.
+func checkLoop(limit Limit) error {
 	if err := disk.CheckLoop(); err != nil {
-		return fmt.Errorf("%w: the file system below has no project quotas (`larder doctor` says how to get them), and a loop image cannot be had: %w", ErrLimit, err)
+		return fmt.Errorf("%w: %s, and a loop image cannot be had: %w", ErrLimit, whyLoop(limit), err)
 	}
 	return nil
 }

@@ -130,8 +130,6 @@ func (l Limit) check() error {
 		return fmt.Errorf("%w: a plain upper has no size", ErrLimit)
 	case l.Bytes < MinBytes:
 		return fmt.Errorf("%w: a size of %d bytes is too small, the least is 1 MiB", ErrLimit, l.Bytes)
-	case l.Backend == Loop && l.Bytes < MinLoopBytes:
-		return tooSmallForLoop(l.Bytes)
 	}
 	return nil
 }
@@ -143,13 +141,21 @@ func CheckLimit(dir string, limit Limit) error {
 	}
 	backend, err := chooseBackend(dir, limit)
 	if err == nil && backend == Loop {
-		err = checkLoop()
+		err = checkLoop(limit)
 	}
 	return err
 }
 
-func tooSmallForLoop(n int64) error {
-	return fmt.Errorf("%w: a size of %d bytes is too small for a loop image, the least is 16 MiB; the file system below has no project quotas (`larder doctor` says how to get them)", ErrLimit, n)
+func tooSmallForLoop(limit Limit) error {
+	return fmt.Errorf("%w: a size of %d bytes is too small for a loop image, the least is 16 MiB; %s", ErrLimit, limit.Bytes, whyLoop(limit))
+}
+
+// whyLoop is why a limit is kept by a loop image.
+func whyLoop(limit Limit) string {
+	if limit.Backend == Loop {
+		return "only loop images are asked for (setting volumes.limit)"
+	}
+	return "the file system below has no project quotas (`larder doctor` says how to get them)"
 }
 
 // chooseBackend stays with what dir was made as: a limit that was set is not
@@ -160,21 +166,29 @@ func chooseBackend(dir string, limit Limit) (Backend, error) {
 		return Tmpfs, nil
 	case limit.Bytes == 0:
 		return Plain, nil
-	case limit.Backend == Quota || limit.Backend == Loop:
-		return limit.Backend, nil
+	case limit.Backend == Quota:
+		return Quota, nil
 	}
 	if _, err := os.Lstat(filepath.Join(dir, imageName)); err == nil {
 		return Loop, nil
 	}
-	ok, err := quotaEnforced(dir)
-	if err != nil {
+	// Only an upper under a quota has a limit, and its work folder in dir.
+	_, absent := os.Lstat(filepath.Join(dir, workName))
+	underQuota := absent == nil
+	var on bool
+	var err error
+	if limit.Backend != Loop || underQuota {
+		on, err = quotaEnforced(dir)
+	}
+	switch {
+	case err != nil:
 		return "", err
-	}
-	if ok {
+	case on:
 		return Quota, nil
-	}
-	if limit.Bytes < MinLoopBytes {
-		return "", tooSmallForLoop(limit.Bytes)
+	case underQuota:
+		return "", fmt.Errorf("%w: what is kept here was written under a project quota, which nothing enforces now; %s; nothing of it is lost", ErrLimit, quotaAdvice)
+	case limit.Bytes < MinLoopBytes:
+		return "", tooSmallForLoop(limit)
 	}
 	return Loop, nil
 }

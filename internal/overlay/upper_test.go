@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -33,6 +35,7 @@ var limits = []struct {
 	{"ext4", nil, Auto, Loop, nil},
 	{"xfs", nil, Auto, Loop, mkfsNames},
 	{"btrfs", nil, Auto, Loop, nil},
+	{"xfs", []string{"prjquota"}, Loop, Loop, mkfsNames},
 	{"ext4", nil, Tmpfs, Tmpfs, nil},
 }
 
@@ -107,6 +110,30 @@ func TestLimitIsKept(t *testing.T) {
 	})
 }
 
+// The owner of a file may give it another project, without any privilege. A
+// quota does not hold against that, and the manual says so; a loop image does.
+func TestALoopImageHoldsAgainstAnOwnerWhoLeavesHisProject(t *testing.T) {
+	testenv.NeedPrograms(t, "chattr")
+	for _, fstype := range []string{"xfs", "ext4"} {
+		t.Run(fstype, func(t *testing.T) {
+			h := newHost(t, testenv.LoopFS(t, fstype, 400<<20, "prjquota").Dir)
+			dir := h.view(view.Spec{Models: []view.Model{h.model(map[string][]byte{"f": []byte("f")})}}, methods(t)[0])
+			for backend, holds := range map[Backend]bool{Quota: false, Loop: true} {
+				limit := Limit{Bytes: 24 << 20, Backend: backend}
+				mt, _ := h.mount(dir, methods(t)[0], limit)
+				out, _ := as(1000, `mkdir "$1" && chattr -p 0 "$1"; dd if=/dev/zero of="$1/fill" bs=64k count=640 conv=fsync`, filepath.Join(mt.Target, "own"))
+				fi, err := os.Stat(filepath.Join(mt.Target, "own", "fill"))
+				if err != nil {
+					t.Fatalf("%v\n%s", err, out)
+				}
+				if n := fi.Size(); n > limit.Bytes == holds {
+					t.Errorf("%s: %d bytes were written, the limit is %d; want it to hold: %t\n%s", backend, n, limit.Bytes, holds, out)
+				}
+			}
+		})
+	}
+}
+
 func appendTo(path string) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND, 0)
 	if err != nil {
@@ -161,6 +188,46 @@ func TestLimitedUpperIsTakenUpAgain(t *testing.T) {
 		}
 		wantBytes(t, filepath.Join(mt.Target, "kept"), []byte("kept"))
 	})
+}
+
+// What was written under a project quota is not hidden by a new loop image once
+// the mount option has gone, and is there again when that is back.
+func TestUpperUnderAQuotaIsRefusedWithoutIt(t *testing.T) {
+	for _, fstype := range []string{"xfs", "ext4"} {
+		t.Run(fstype, func(t *testing.T) {
+			f := testenv.LoopFS(t, fstype, 400<<20, "prjquota")
+			h := newHost(t, f.Dir)
+			dir := h.view(view.Spec{Models: []view.Model{h.model(map[string][]byte{"f": []byte("f")})}}, methods(t)[0])
+			limit := Limit{Bytes: 24 << 20}
+			mt, u := h.mount(dir, methods(t)[0], limit)
+			if err := os.WriteFile(filepath.Join(mt.Target, "kept"), []byte("kept"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			if err := Unmount(mt.Target); err != nil {
+				t.Fatal(err)
+			}
+			f.Unmount()
+			if out, err := exec.Command("mount", "-t", fstype, "-o", "loop,noquota", f.Image, f.Dir).CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			for _, backend := range []Backend{Auto, Loop} {
+				v, err := NewUpper(t.Context(), u.Dir, dir, h.state, Limit{Bytes: limit.Bytes, Backend: backend})
+				if !errors.Is(err, ErrLimit) || !strings.Contains(err.Error(), quotaAdvice) {
+					t.Errorf("%s without quotas: %+v, %v; want ErrLimit and how to get them back", backend, v, err)
+				}
+			}
+			f.Unmount()
+			f.Mount()
+			for _, backend := range []Backend{Auto, Loop} {
+				again, err := NewUpper(t.Context(), u.Dir, dir, h.state, Limit{Bytes: limit.Bytes, Backend: backend})
+				if err != nil || again != u {
+					t.Fatalf("%s with quotas again: %+v, %v; want %+v", backend, again, err, u)
+				}
+			}
+			h.do(mt)
+			wantBytes(t, filepath.Join(mt.Target, "kept"), []byte("kept"))
+		})
+	}
 }
 
 func TestRemovedUpperGivesBackItsSpace(t *testing.T) {
@@ -316,6 +383,31 @@ mkdir .deep-1 .deep-2; touch .deep-3
 	wantBytes(t, filepath.Join(outside, "file"), []byte("precious"))
 	if got := names(t, outside); len(got) != 2 {
 		t.Errorf("outside there is %v", got)
+	}
+}
+
+// An owner of files may give them another project, and a folder that hands on
+// its own takes in none of another.
+func TestRemovalWhateverProjectsAContainerSet(t *testing.T) {
+	for _, fstype := range []string{"xfs", "ext4"} {
+		t.Run(fstype, func(t *testing.T) {
+			h := newHost(t, testenv.LoopFS(t, fstype, 400<<20, "prjquota").Dir)
+			dir := h.view(view.Spec{Models: []view.Model{h.model(map[string][]byte{"f": []byte("f")})}}, methods(t)[0])
+			mt, u := h.mount(dir, methods(t)[0], Limit{Bytes: 24 << 20})
+			nest(t, mt.Target, 200)
+			if err := disk.SetProject(mt.Target, 0); err != nil {
+				t.Fatal(err)
+			}
+			if err := Unmount(mt.Target); err != nil {
+				t.Fatal(err)
+			}
+			if err := RemoveUpper(u.Dir); err != nil {
+				t.Errorf("%.300v", err)
+			}
+			if _, err := os.Lstat(u.Dir); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("the upper: %v", err)
+			}
+		})
 	}
 }
 

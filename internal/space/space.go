@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/larder-project/larder/internal/disk"
 )
 
@@ -22,7 +24,6 @@ const uppersName = "uppers"
 // inside of a loop image) is not counted: the one is memory, the other is
 // counted as its image.
 func Uppers(ctx context.Context, state string) (int64, error) {
-	var n int64
 	root := filepath.Join(state, uppersName)
 	top, err := os.Stat(root)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -32,7 +33,22 @@ func Uppers(ctx context.Context, state string) (int64, error) {
 		return 0, fmt.Errorf("measure uppers: %w", err)
 	}
 	here, _ := disk.Device(top)
-	err = filepath.WalkDir(root, func(_ string, e fs.DirEntry, err error) error {
+	n, err := measure(ctx, root, here)
+	if err != nil {
+		return 0, fmt.Errorf("measure uppers: %w", err)
+	}
+	return n, nil
+}
+
+// longPath is where a folder is walked by a new path: far from the 4,096 bytes
+// that a path may have, as the kernel takes longer for longer ones.
+const longPath = 512
+
+// measure adds up what lies below root on one device. A container can nest
+// folders deeper than a path can say: such a one is opened, and walked by its
+// descriptor.
+func measure(ctx context.Context, root string, device uint64) (n int64, err error) {
+	err = filepath.WalkDir(root, func(path string, e fs.DirEntry, err error) error {
 		if err == nil {
 			err = ctx.Err()
 		}
@@ -46,19 +62,32 @@ func Uppers(ctx context.Context, state string) (int64, error) {
 		if err != nil {
 			return err
 		}
-		if dev, _ := disk.Device(fi); dev != here {
+		if dev, _ := disk.Device(fi); dev != device {
 			if fi.IsDir() {
 				return fs.SkipDir
 			}
 			return nil
 		}
-		n += disk.Allocated(fi)
-		return nil
+		if !fi.IsDir() || len(path) < longPath {
+			n += disk.Allocated(fi)
+			return nil
+		}
+		dir, err := os.OpenFile(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+		if errors.Is(err, fs.ErrNotExist) {
+			return fs.SkipDir
+		}
+		if err != nil {
+			return err
+		}
+		defer dir.Close()
+		below, err := measure(ctx, fmt.Sprintf("/proc/self/fd/%d/.", dir.Fd()), device)
+		n += below
+		if err != nil {
+			return err
+		}
+		return fs.SkipDir
 	})
-	if err != nil {
-		return 0, fmt.Errorf("measure uppers: %w", err)
-	}
-	return n, nil
+	return n, err
 }
 
 // SameFileSystem tells whether two folders are on one file system, so that

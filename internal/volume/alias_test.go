@@ -135,6 +135,80 @@ func TestAMountpointThatLooksLikeOursIsAUse(t *testing.T) {
 	}
 }
 
+// Whoever has a user namespace of his own mounts in it what he likes, with any
+// names. That is no use of the volume and the view that it names.
+func TestAMadeUpMountIsNoUse(t *testing.T) {
+	n := newNode(t)
+	n.create("victim", "model=m", "scope=volume")
+	n.mount("victim", "a")
+	n.unmount("victim", "a")
+	state := t.TempDir()
+	view, upper, work := state+"/views/"+n.viewsName()+"/key", state+"/uppers/volume/victim/upper", state+"/uppers/volume/victim/work"
+	defer namespace(t, fmt.Sprintf("mount -t tmpfs t %[1]q && mkdir -p %[2]q %[3]q %[4]q %[1]q/at && "+
+		"mount -t overlay -o lowerdir=%[2]q,upperdir=%[3]q,workdir=%[4]q,userxattr o %[1]q/at", state, view, upper, work), "-Ur")()
+	n.mount("victim", "b")
+	mounts, err := n.Mounts(t.Context())
+	if err != nil || len(mounts) != 1 || len(mounts[0].Holders) != 0 {
+		t.Errorf("mounts: %+v, %v; want one without users", mounts, err)
+	}
+	for _, s := range n.Sources() {
+		if _, err := s.Uses(t.Context()); err != nil {
+			t.Errorf("source %s: %v", s.Name(), err)
+		}
+	}
+	n.unmount("victim", "b")
+	if err := n.Remove(t.Context(), "victim"); err != nil {
+		t.Errorf("remove: %v", err)
+	}
+	n.empty()
+}
+
+// A container with a user namespace of its own shows a copy of our mount, which
+// counts also when the host's own mount has gone, and with it the record.
+func TestABindCopyInAUserNamespaceIsAUse(t *testing.T) {
+	n := newNode(t)
+	for _, options := range [][]string{{"model=m", "scope=volume"}, {"model=m", "access=ro"}} {
+		t.Run(strings.Join(options, ","), func(t *testing.T) {
+			n.t = t
+			n.create("v", options...)
+			dir := n.mount("v", "a")
+			stop := namespace(t, fmt.Sprintf("mount --bind %q %q", dir, t.TempDir()), "-Ur")
+			if err := n.Reap(t.Context()); err != nil { // notes that a container has it
+				t.Fatal(err)
+			}
+			used := func(when string) {
+				t.Helper()
+				mounts, err := n.Mounts(t.Context())
+				if err != nil || len(mounts) != 1 || len(mounts[0].Holders) != 1 {
+					t.Errorf("%s: mounts %+v, %v; want one with one user", when, mounts, err)
+				}
+				if err := n.Remove(t.Context(), "v"); !errors.Is(err, ErrInUse) {
+					t.Errorf("%s: remove: %v, want ErrInUse", when, err)
+				}
+			}
+			used("mounted here too")
+			run(t, "umount", "-l", dir)
+			used("unmounted here")
+			away := filepath.Join(n.root, "away")
+			if err := os.Rename(n.mountsDir("v"), away); err != nil {
+				t.Fatal(err)
+			}
+			if uses, err := n.Sources()[1].Uses(t.Context()); err != nil || len(uses) == 0 {
+				t.Errorf("without the record, versions in use: %v, %v", uses, err)
+			}
+			if err := os.Rename(away, n.mountsDir("v")); err != nil {
+				t.Fatal(err)
+			}
+			stop()
+			n.unmount("v", "a")
+			if err := n.Remove(t.Context(), "v"); err != nil {
+				t.Error(err)
+			}
+			n.empty()
+		})
+	}
+}
+
 func TestTwoWaysToOneUpperAreRefused(t *testing.T) {
 	n := newNode(t)
 	at := filepath.Join(t.TempDir(), "here")

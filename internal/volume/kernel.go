@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
@@ -22,8 +23,12 @@ type Holder struct {
 	PID        int    // one process in it
 	Mountpoint string // as seen there
 
-	own   bool   // it is this process's own
-	place string // what the mount covers; see mounttable.Namespace.Place
+	own bool // it is this process's own
+	// doubtful: in a mount namespace that a user namespace of somebody's own
+	// owns, and no mount of ours is known to have its number. It is made up,
+	// or the one trace of a mount that lost its record.
+	doubtful bool
+	place    string // what the mount covers; see mounttable.Namespace.Place
 }
 
 // shown is a mount of ours in some namespace.
@@ -38,9 +43,9 @@ type shown struct {
 // another path where the mount was made: in a managed plugin, or through a bind
 // mount.
 type kernelUse struct {
-	uppers  map[string][]shown // by upper folder: uppers/run/NAME/ID/upper
-	devices map[string][]shown // by MAJOR:MINOR
-	views   map[string][]Holder
+	uppers  map[string][]shown  // by upper folder: uppers/run/NAME/ID/upper
+	devices map[string][]shown  // by MAJOR:MINOR
+	views   map[string][]Holder // doubtful ones too
 }
 
 // scanKernel reads the mount table of every mount namespace once. A table that
@@ -61,15 +66,20 @@ func (m *Manager) scanKernel(ctx context.Context) (kernelUse, error) {
 	if err != nil {
 		return use, err
 	}
+	made := m.madeHere(spaces)
 	for _, ns := range spaces {
 		for _, mount := range ns.Mounts {
 			dir, upper := overlayFolders(mount.VFSOptions)
 			view, state, _ := m.ourView(dir)
 			s := shown{
 				Holder: Holder{PID: ns.PIDs[0], Mountpoint: mount.Mountpoint, own: ns.Own, place: ns.Place(mount)},
-				view:   view, device: fmt.Sprintf("%d:%d", mount.Major, mount.Minor),
+				view:   view, device: deviceOf(mount),
 			}
+			s.doubtful = ns.Foreign && !made(s.device)
 			use.views[view] = append(use.views[view], s.Holder)
+			if s.doubtful {
+				continue
+			}
 			use.devices[s.device] = append(use.devices[s.device], s)
 			if rel, ok := strings.CutPrefix(upper, filepath.Join(state, uppersDir)+"/"); ok {
 				rel = filepath.Join(uppersDir, rel)
@@ -78,6 +88,39 @@ func (m *Manager) scanKernel(ctx context.Context) (kernelUse, error) {
 		}
 	}
 	return use, nil
+}
+
+// madeHere tells whether a mount with a device number is one that this host
+// made. In a foreign mount namespace anybody can mount an overlay that names our
+// folders, but he cannot choose its number. Records are read when one is asked
+// for that no other mount table shows; where they are damaged, all are ours.
+func (m *Manager) madeHere(spaces []mounttable.Namespace) func(device string) bool {
+	made := map[string]bool{}
+	for _, ns := range spaces {
+		if ns.Foreign {
+			continue
+		}
+		for _, mount := range ns.Mounts {
+			made[deviceOf(mount)] = true
+		}
+	}
+	readRecords := sync.OnceValue(func() error {
+		records, err := m.allMounts()
+		for _, mr := range records {
+			made[mr.Device] = true
+		}
+		return err
+	})
+	return func(device string) bool {
+		if made[device] {
+			return true
+		}
+		return readRecords() != nil || made[device]
+	}
+}
+
+func deviceOf(mount *mountinfo.Info) string {
+	return fmt.Sprintf("%d:%d", mount.Major, mount.Minor)
 }
 
 // viewsName is the folder of this boot's views below STATE/views. The state's

@@ -45,20 +45,23 @@ type Config struct {
 	Node   string // name of this node in the store
 	BootID string // for tests; empty: the kernel's
 	Puller Puller // nil: the option pull is refused
-	Log    *slog.Logger
+	// LoopOnly: what may be written to the disk is bounded by loop images alone.
+	LoopOnly bool
+	Log      *slog.Logger
 }
 
 // Manager works on the volumes of one node. Its methods are safe for
 // concurrent use, by several processes too.
 type Manager struct {
-	store  *store.Store
-	state  string
-	mnt    string
-	node   string
-	boot   string
-	id     string // of the state
-	puller Puller
-	log    *slog.Logger
+	store    *store.Store
+	state    string
+	mnt      string
+	node     string
+	boot     string
+	id       string // of the state
+	puller   Puller
+	loopOnly bool
+	log      *slog.Logger
 
 	blind      bool // see seesAll
 	engineSeen atomic.Bool
@@ -87,7 +90,7 @@ func Open(ctx context.Context, c Config) (*Manager, error) {
 	if err := store.CheckNode(c.Node); err != nil {
 		return nil, fmt.Errorf("open state: %w", err)
 	}
-	m := &Manager{store: c.Store, state: state, node: c.Node, boot: c.BootID, puller: c.Puller, log: c.Log, plans: map[string]string{}, ended: make(chan struct{}, 1)}
+	m := &Manager{store: c.Store, state: state, node: c.Node, boot: c.BootID, puller: c.Puller, loopOnly: c.LoopOnly, log: c.Log, plans: map[string]string{}, ended: make(chan struct{}, 1)}
 	m.mnt = c.Mounts
 	if m.mnt == "" {
 		m.mnt = filepath.Join(state, "mnt")
@@ -282,7 +285,7 @@ func (m *Manager) use(versions []store.Version) error {
 // shows is another thing each time.
 func (m *Manager) checkMountable(ctx context.Context, versions []store.Version, o Options) error {
 	if !o.ReadOnly {
-		if err := overlay.CheckLimit(filepath.Join(m.state, uppersDir), o.limit()); err != nil {
+		if err := overlay.CheckLimit(filepath.Join(m.state, uppersDir), m.limit(o)); err != nil {
 			return fmt.Errorf("%w: %w", ErrInvalid, err)
 		}
 	}

@@ -228,7 +228,7 @@ func (m *Manager) takeUpper(ctx context.Context, mr mountRecord, o Options, view
 	if err := disk.MkdirAll(filepath.Dir(mr.Upper), 0o711); err != nil {
 		return overlay.Upper{}, err
 	}
-	return overlay.NewUpper(ctx, mr.Upper, viewDir, m.state, o.limit())
+	return overlay.NewUpper(ctx, mr.Upper, viewDir, m.state, m.limit(o))
 }
 
 // dropUpper ends what a run wrote, which nobody shows any more: it is deleted,

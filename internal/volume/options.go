@@ -269,11 +269,14 @@ func (o *Options) check(raw map[string]string) error {
 	return nil
 }
 
-// limit is what bounds an upper of the volume.
-func (o *Options) limit() overlay.Limit {
+// limit is what bounds an upper of a volume with these options.
+func (m *Manager) limit(o Options) overlay.Limit {
 	l := overlay.Limit{Bytes: o.Size}
-	if o.Tmpfs {
+	switch {
+	case o.Tmpfs:
 		l.Backend = overlay.Tmpfs
+	case m.loopOnly && o.Size > 0:
+		l.Backend = overlay.Loop
 	}
 	return l
 }

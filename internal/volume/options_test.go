@@ -5,6 +5,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/larder-project/larder/internal/overlay"
 	"github.com/larder-project/larder/internal/view"
 )
 
@@ -16,6 +17,25 @@ func options(pairs string) map[string]string {
 		}
 	}
 	return raw
+}
+
+func TestWhatBoundsAnUpper(t *testing.T) {
+	t.Parallel()
+	for raw, want := range map[string][2]overlay.Limit{ // by default, and with loop images alone
+		"":                       {{}, {}},
+		"size=2MiB":              {{Bytes: 2 << 20}, {Bytes: 2 << 20, Backend: overlay.Loop}},
+		"size=2MiB;scope=volume": {{Bytes: 2 << 20}, {Bytes: 2 << 20, Backend: overlay.Loop}},
+		"size=2MiB;upper=tmpfs":  {{Bytes: 2 << 20, Backend: overlay.Tmpfs}, {Bytes: 2 << 20, Backend: overlay.Tmpfs}},
+		"upper=tmpfs":            {{Backend: overlay.Tmpfs}, {Backend: overlay.Tmpfs}},
+	} {
+		o, err := ParseOptions("m", options(raw))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := [2]overlay.Limit{(&Manager{}).limit(o), (&Manager{loopOnly: true}).limit(o)}; got != want {
+			t.Errorf("%q: %+v, want %+v", raw, got, want)
+		}
+	}
 }
 
 func TestOptionsThatCannotBeAreRefusedWithWhatCan(t *testing.T) {

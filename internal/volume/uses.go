@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 
@@ -126,6 +127,9 @@ func (s mounts) Uses(ctx context.Context) ([]usage.Use, error) {
 	containers := map[int]string{} // by process: one may show many views
 	for view, holders := range use.views {
 		versions, err := readViewRecord(filepath.Join(s.m.state, view) + recordSuffix)
+		if errors.Is(err, fs.ErrNotExist) && !slices.ContainsFunc(holders, func(h Holder) bool { return !h.doubtful }) {
+			continue // a made-up mount of a view that never was
+		}
 		if err != nil {
 			return nil, err
 		}

@@ -183,10 +183,11 @@ func container(t *testing.T, source string) (stop func()) {
 }
 
 // namespace is a process in a mount namespace of its own in which a script has
-// been run.
-func namespace(t *testing.T, script string) (stop func()) {
+// been run. With -Ur among the flags of unshare, a user namespace of its own
+// owns it.
+func namespace(t *testing.T, script string, flags ...string) (stop func()) {
 	t.Helper()
-	cmd := exec.Command("unshare", "-m", "--propagation", "private", "sh", "-c", script+" && echo ready && exec sleep 300")
+	cmd := exec.Command("unshare", append(flags, "-m", "--propagation", "private", "sh", "-c", script+" && echo ready && exec sleep 300")...)
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {

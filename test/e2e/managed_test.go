@@ -250,6 +250,10 @@ func TestManagedPluginKeepsLimits(t *testing.T) {
 			t.Errorf("loop devices are left:\n%s", loops)
 		}
 		m.refused([]string{"16 MiB"}, "volume", "create", "-d", m.driver, "-o", "model=tiny", "-o", "size=2MiB", m.unique("small"))
+		m.docker("plugin", "disable", m.name)
+		m.docker("plugin", "set", m.name, "LARDER_VOLUMES_LIMIT=loop")
+		m.docker("plugin", "enable", "--timeout", "120", m.name)
+		m.refused([]string{"volumes.limit"}, "volume", "create", "-d", m.driver, "-o", "model=tiny", "-o", "size=2MiB", m.unique("small"))
 	})
 }
 
