@@ -90,7 +90,7 @@ func Open(ctx context.Context, c Config) (*Manager, error) {
 	m := &Manager{store: c.Store, state: state, node: c.Node, boot: c.BootID, puller: c.Puller, log: c.Log, plans: map[string]string{}, ended: make(chan struct{}, 1)}
 	m.mnt = c.Mounts
 	if m.mnt == "" {
-		m.mnt = filepath.Join(state, "mnt")
+		m.mnt = filepath.Join(state, mntDir)
 	}
 	if m.log == nil {
 		m.log = slog.New(slog.DiscardHandler)
@@ -103,8 +103,8 @@ func Open(ctx context.Context, c Config) (*Manager, error) {
 	if err := CheckID(m.boot); err != nil {
 		return nil, fmt.Errorf("open state: boot id: %w", err)
 	}
-	for _, dir := range []string{"volumes", "mounts", "mounts/" + m.boot, viewsDir, uppersDir, "uppers/run", "uppers/volume", "locks"} {
-		if err := disk.MkdirAll(filepath.Join(state, dir), 0o711); err != nil {
+	for _, dir := range []string{"volumes", "mounts", "mounts/" + m.boot, viewsDir, uppersDir, "uppers/run", "uppers/volume", "locks", mntDir} {
+		if err := makePrivate(filepath.Join(state, dir)); err != nil {
 			return nil, fmt.Errorf("open state: %w", err)
 		}
 	}
@@ -130,6 +130,26 @@ func Open(ctx context.Context, c Config) (*Manager, error) {
 		return nil, fmt.Errorf("open state: %w", err)
 	}
 	return m, nil
+}
+
+// makePrivate makes a folder, or takes over one of an earlier Larder, that no
+// other user of the host can enter: views and what containers write may be
+// anybody's to write, and mount tables name the folders. An engine does not
+// need to be let in, for it opens the source of a bind mount as root, for
+// containers in a user namespace too (runc since 1.1). For what does need it, a
+// group that has been given the right to enter keeps it.
+func makePrivate(dir string) error {
+	if err := disk.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	fi, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if private := fi.Mode().Perm() &^ 0o007; private != fi.Mode().Perm() {
+		return disk.Chmod(dir, private)
+	}
+	return nil
 }
 
 var stateID = regexp.MustCompile(`^[0-9a-f]{32}$`)

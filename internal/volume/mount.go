@@ -169,6 +169,11 @@ func (m *Manager) attach(ctx context.Context, o Options, mr mountRecord) (err er
 	if live {
 		return m.attached(mr) // another run of the volume has mounted it
 	}
+	if !mr.Manual && !m.mntIsOurs() { // which is private as a whole
+		if err := makePrivate(m.Path(mr.Volume)); err != nil {
+			return err
+		}
+	}
 	if err := disk.MkdirAll(mr.Target, 0o711); err != nil {
 		return err
 	}

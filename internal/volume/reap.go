@@ -338,14 +338,18 @@ func (m *Manager) sweepTargets(ctx context.Context) error {
 	return nil
 }
 
-// madeFolder tells whether a folder below the one for mounts is Larder's. That
-// one may be a folder of the host's with other things in it (Config.Mounts), so
-// a volume or a mount, of this boot or an earlier one, must have the name.
+// mntIsOurs tells that the folder for mounts is no folder of the host's with
+// other things in it (Config.Mounts).
+func (m *Manager) mntIsOurs() bool { return m.mnt == filepath.Join(m.state, mntDir) }
+
+// madeFolder tells whether a folder below the one for mounts is Larder's. In a
+// folder of the host's, a volume or a mount, of this boot or an earlier one,
+// must have the name.
 func (m *Manager) madeFolder(name string) bool {
 	if CheckName(name) != nil {
 		return false
 	}
-	if m.mnt == filepath.Join(m.state, "mnt") || exists(m.recordPath(name)) || exists(filepath.Join(m.state, "volumes", name+removingSuffix)) {
+	if m.mntIsOurs() || exists(m.recordPath(name)) || exists(filepath.Join(m.state, "volumes", name+removingSuffix)) {
 		return true
 	}
 	of, err := filepath.Glob(filepath.Join(escapeGlob(m.state), "mounts", "*", name))
@@ -354,7 +358,7 @@ func (m *Manager) madeFolder(name string) bool {
 
 // madeTarget tells likewise of a mountpoint in a folder that is Larder's.
 func (m *Manager) madeTarget(name, id string) bool {
-	if m.mnt == filepath.Join(m.state, "mnt") || id == sharedTarget || anonymous.MatchString(id) {
+	if m.mntIsOurs() || id == sharedTarget || anonymous.MatchString(id) {
 		return true // an engine's IDs are as its names for volumes without one
 	}
 	of, err := filepath.Glob(filepath.Join(escapeGlob(m.state), "mounts", "*", name, escapeGlob(id)+recordSuffix))

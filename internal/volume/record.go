@@ -76,6 +76,7 @@ type viewRecord struct {
 const (
 	viewsDir  = "views"
 	uppersDir = "uppers"
+	mntDir    = "mnt"
 )
 
 const (

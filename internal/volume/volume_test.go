@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -237,6 +238,53 @@ func TestEachRunWritesForItself(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.empty()
+}
+
+// The mount tables tell every user of the host where the folders are, and a
+// view's files and folders may be anybody's to write.
+func TestOtherUsersOfTheHostReachNoView(t *testing.T) {
+	n := newNode(t)
+	mnt := filepath.Join(t.TempDir(), "mnt")
+	above := filepath.Dir(n.root)
+	dirs := []string{filepath.Dir(above), above, n.root}
+	for _, name := range []string{"mnt", "views", "uppers"} { // as an earlier Larder made them
+		dirs = append(dirs, filepath.Join(n.state, name))
+	}
+	for _, dir := range dirs {
+		if err := os.Chmod(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	reach := func() {
+		t.Helper()
+		n.create("v", "model=m", "scope=volume")
+		dir := n.mount("v", "a")
+		mr, _, err := n.readMount("v", "a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, dir := range []string{dir, filepath.Join(n.state, viewsDir, n.viewsName(), mr.View), filepath.Join(mr.Upper, "upper")} {
+			cmd := exec.Command("sh", "-c", `echo evil >"$1/new.py"`, "sh", dir)
+			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+			if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "Permission denied") {
+				t.Errorf("user 65534 in %s: %v, %s; want that it is denied", dir, err, out)
+			}
+		}
+		n.unmount("v", "a")
+		if err := n.Remove(t.Context(), "v"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.reopen("")
+	reach()
+	if err := os.MkdirAll(mnt, 0o755); err != nil { // with other things in it
+		t.Fatal(err)
+	}
+	var err error
+	if n.Manager, err = Open(t.Context(), Config{Store: n.store, State: n.state, Mounts: mnt, Node: "test"}); err != nil {
+		t.Fatal(err)
+	}
+	reach()
 }
 
 func TestVolumeScopeKeepsWritesAndVersion(t *testing.T) {
