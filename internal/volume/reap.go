@@ -412,7 +412,8 @@ func (m *Manager) sweepBoots(use kernelUse) error {
 }
 
 // Remove deletes a volume and what was written into it. A volume that a
-// container shows is refused with ErrInUse, whatever an engine believes.
+// container shows is refused with ErrInUse, whatever an engine believes, and
+// one that keeps writes with a record that cannot be read with ErrDamaged.
 func (m *Manager) Remove(ctx context.Context, name string) error {
 	if err := CheckName(name); err != nil {
 		return err
@@ -422,10 +423,11 @@ func (m *Manager) Remove(ctx context.Context, name string) error {
 		return err
 	}
 	defer unlock()
-	if _, err := os.Lstat(m.recordPath(name)); err != nil {
-		return m.notFound(name)
+	_, err = m.readRecord(name)
+	if errors.Is(err, ErrNotFound) || err != nil && exists(m.volumeUpper(name)) {
+		return err
 	}
-	return m.remove(ctx, name)
+	return m.remove(ctx, name) // a damaged record that covers nothing too
 }
 
 // remove is Remove with the volume's lock held.
