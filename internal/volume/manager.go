@@ -103,7 +103,7 @@ func Open(ctx context.Context, c Config) (*Manager, error) {
 	if err := CheckID(m.boot); err != nil {
 		return nil, fmt.Errorf("open state: boot id: %w", err)
 	}
-	for _, dir := range []string{"volumes", "mounts", "mounts/" + m.boot, viewsDir, uppersDir, "uppers/run", "uppers/volume", "locks", mntDir} {
+	for _, dir := range []string{"volumes", "mounts", "mounts/" + m.boot, viewsDir, uppersDir, "uppers/run", "uppers/volume", "uppers/" + droppedDir, "locks", mntDir} {
 		if err := makePrivate(filepath.Join(state, dir)); err != nil {
 			return nil, fmt.Errorf("open state: %w", err)
 		}
@@ -210,13 +210,33 @@ const lockRetry = 2 * time.Millisecond
 // shared by hash and never deleted: a lock on a file that has lost its name
 // would guard nothing.
 func (m *Manager) lock(ctx context.Context, name string) (func(), error) {
-	h := fnv.New32a()
-	_, _ = h.Write([]byte(name))
-	l := flock.New(filepath.Join(m.state, "locks", fmt.Sprintf("%02x", h.Sum32()&0xff)), flock.SetPermissions(0o600))
+	l := flock.New(filepath.Join(m.state, "locks", lockName(name)), flock.SetPermissions(0o600))
 	if _, err := l.TryLockContext(ctx, lockRetry); err != nil {
-		return nil, fmt.Errorf("lock volume %s: %w", name, err)
+		return nil, &lockError{name, err}
 	}
 	return func() { _ = l.Close() }, nil
+}
+
+func lockName(volume string) string {
+	h := fnv.New32a()
+	_, _ = h.Write([]byte(volume))
+	return fmt.Sprintf("%02x", h.Sum32()&0xff)
+}
+
+type lockError struct {
+	volume string
+	err    error
+}
+
+func (e *lockError) Error() string { return fmt.Sprintf("lock volume %s: %v", e.volume, e.err) }
+func (e *lockError) Unwrap() error { return e.err }
+
+// Hint says what to do next.
+func (e *lockError) Hint() string {
+	if !errors.Is(e.err, context.DeadlineExceeded) {
+		return ""
+	}
+	return "another call on this volume, or on one that shares its lock, takes long; try again, and see larder-plugin's log for what it waits for"
 }
 
 // Create records a volume. Its models must be in the store, or be fetched by

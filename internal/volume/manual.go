@@ -42,6 +42,7 @@ func (m *Manager) MountAt(ctx context.Context, name string, raw map[string]strin
 	if err != nil {
 		return err
 	}
+	defer m.finishDrops(ctx, r.Name)
 	defer unlock()
 	if err := m.create(ctx, r, o); err != nil {
 		return fmt.Errorf("create volume %s: %w", r.Name, err)
@@ -146,6 +147,7 @@ func (m *Manager) endManual(ctx context.Context, name, id string) error {
 	if err != nil {
 		return err
 	}
+	defer m.finishDrops(ctx, name)
 	defer unlock()
 	mr, ok, err := m.readMount(name, id)
 	if err != nil {

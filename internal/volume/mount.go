@@ -37,7 +37,7 @@ func (m *Manager) target(name, id string, o Options) string {
 // Mount mounts a volume for one run and returns the folder that shows it. A
 // repeat with the same ID gives the same folder and is counted. Nothing is
 // fetched: a model that is missing is an error that says what to do.
-func (m *Manager) Mount(ctx context.Context, name, id string) (string, error) {
+func (m *Manager) Mount(ctx context.Context, name, id string) (_ string, err error) {
 	if err := errors.Join(CheckName(name), CheckID(id)); err != nil {
 		return "", err
 	}
@@ -45,7 +45,12 @@ func (m *Manager) Mount(ctx context.Context, name, id string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer unlock()
+	defer func() {
+		unlock()
+		if err != nil {
+			m.finishDrops(ctx, name)
+		}
+	}()
 	r, err := m.readRecord(name)
 	if err != nil {
 		return "", err
@@ -236,13 +241,13 @@ func (m *Manager) takeUpper(ctx context.Context, mr mountRecord, o Options, view
 	return overlay.NewUpper(ctx, mr.Upper, viewDir, m.state, o.limit())
 }
 
-// dropUpper ends what a run wrote, which nobody shows any more: it is deleted,
+// dropUpper ends what a run wrote, which nobody shows any more: it is dropped,
 // or kept aside until Absorb has looked at it.
 func (m *Manager) dropUpper(mr mountRecord) error {
 	if mr.Absorb {
 		return m.setAside(mr)
 	}
-	return overlay.RemoveUpper(mr.Upper)
+	return m.drop(mr.Volume, mr.Upper)
 }
 
 // rollBack leaves no trace of a mount that failed. Where another run has the
@@ -341,6 +346,7 @@ func (m *Manager) Unmount(ctx context.Context, name, id string) error {
 	if err != nil {
 		return err
 	}
+	defer m.finishDrops(ctx, name)
 	defer unlock()
 	mr, ok, err := m.readMount(name, id)
 	if err != nil || !ok {
@@ -419,9 +425,7 @@ func (m *Manager) detach(ctx context.Context, mr mountRecord) error {
 		}
 	}
 	if ofRun {
-		if err := m.dropUpper(mr); errors.Is(err, overlay.ErrBusy) {
-			return fmt.Errorf("%w: %w", errHeld, err)
-		} else if err != nil {
+		if err := m.dropUpper(mr); err != nil {
 			return err
 		}
 	}

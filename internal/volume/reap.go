@@ -70,25 +70,28 @@ func (m *Manager) awaitUpper(ctx context.Context, mr mountRecord) error {
 
 // Reap looks at every mount record of this boot and takes away what nobody
 // uses: mounts whose last Unmount was held up or never came, and records whose
-// mount has gone. It also notes which mounts a container shows.
+// mount has gone. It also notes which mounts a container shows. Then it deletes
+// what was dropped, by it or by a call that did not come to the end.
 func (m *Manager) Reap(ctx context.Context) error {
-	names, err := m.mountedNames(m.boot)
-	if err != nil {
+	failed := multierror.Append(nil, m.sweepRemoving(ctx), m.reapMounts(ctx))
+	if err := ctx.Err(); err != nil {
 		return err
 	}
-	var failed *multierror.Error
-	if err := m.sweepRemoving(ctx); err != nil {
-		failed = multierror.Append(failed, err)
-	}
-	if len(names) == 0 {
-		return failed.ErrorOrNil()
+	return multierror.Append(failed, m.deleteDropped(ctx, "")).ErrorOrNil()
+}
+
+func (m *Manager) reapMounts(ctx context.Context) error {
+	names, err := m.mountedNames(m.boot)
+	if err != nil || len(names) == 0 {
+		return err
 	}
 	// One look at the mount tables for all volumes: with thousands of
 	// containers it takes long.
 	look, err := m.scanKernel(ctx)
 	if err != nil {
-		return errors.Join(err, failed.ErrorOrNil())
+		return err
 	}
+	var failed *multierror.Error
 	for _, name := range names {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -422,6 +425,7 @@ func (m *Manager) Remove(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
+	defer m.finishDrops(ctx, name)
 	defer unlock()
 	_, err = m.readRecord(name)
 	if errors.Is(err, ErrNotFound) || err != nil && exists(m.volumeUpper(name)) {
@@ -487,7 +491,7 @@ func (m *Manager) remove(ctx context.Context, name string) error {
 	return nil
 }
 
-// finishRemove deletes what a volume whose record says "removing" has written,
+// finishRemove drops what a volume whose record says "removing" has written,
 // then that record.
 func (m *Manager) finishRemove(ctx context.Context, name string) error {
 	removing := filepath.Join(m.state, "volumes", name+removingSuffix)
@@ -500,7 +504,7 @@ func (m *Manager) finishRemove(ctx context.Context, name string) error {
 		if err := m.checkFree(ctx, upper, true, true); err != nil {
 			return err
 		}
-		if err := overlay.RemoveUpper(upper.Upper); err != nil {
+		if err := m.drop(name, upper.Upper); err != nil {
 			return err
 		}
 	}

@@ -77,6 +77,8 @@ const (
 	viewsDir  = "views"
 	uppersDir = "uppers"
 	mntDir    = "mnt"
+
+	droppedDir = "dropped" // below uppers
 )
 
 const (

@@ -149,7 +149,7 @@ func (n *node) mustMounts(want int) {
 func (n *node) empty() {
 	n.t.Helper()
 	n.mustMounts(0)
-	for _, dir := range []string{"uppers/run", "uppers/volume", "uppers/absorb", "mounts/" + n.boot, "mnt", "volumes"} {
+	for _, dir := range []string{"uppers/run", "uppers/volume", "uppers/absorb", "uppers/dropped", "mounts/" + n.boot, "mnt", "volumes"} {
 		entries, err := os.ReadDir(filepath.Join(n.state, dir))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			n.t.Fatal(err)
@@ -158,6 +158,20 @@ func (n *node) empty() {
 			n.t.Errorf("left in %s: %s", dir, e.Name())
 		}
 	}
+}
+
+// dropped lists the uppers that are being deleted.
+func (n *node) dropped() []string {
+	n.t.Helper()
+	entries, err := os.ReadDir(filepath.Join(n.state, uppersDir, droppedDir))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	var out []string
+	for _, e := range entries {
+		out = append(out, e.Name())
+	}
+	return out
 }
 
 func write(t *testing.T, path, content string) {
@@ -717,6 +731,90 @@ func TestOrphanedWritesAreNotTakenForANewVolume(t *testing.T) {
 	}
 	if got := read(t, filepath.Join(n.volumeUpper("v"), "upper", "work")); got != "months of it" {
 		t.Errorf("what was written is gone: %q", got)
+	}
+}
+
+// sharesLock gives a name for a volume whose lock is that of another one.
+func sharesLock(with string) string {
+	for i := 0; ; i++ {
+		if name := fmt.Sprint("other", i); lockName(name) == lockName(with) {
+			return name
+		}
+	}
+}
+
+func TestDeletionHoldsNobodyUp(t *testing.T) {
+	n := newNode(t)
+	other := sharesLock("m")
+	n.create("m")
+	n.create(other, "model=m")
+	dir := n.mount("m", "a")
+	for i := range 20_000 {
+		write(t, fmt.Sprint(dir, "/", i), "")
+	}
+	done := make(chan error)
+	go func() { done <- n.Unmount(context.Background(), "m", "a") }()
+	for exists(n.runUpper("m", "a")) {
+		time.Sleep(time.Millisecond)
+	}
+	n.mount(other, "b")
+	n.mount("m", "a") // the same run once more
+	if len(n.dropped()) == 0 {
+		t.Error("a mount has waited until another volume's files were deleted")
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if left := n.dropped(); len(left) > 0 {
+		t.Errorf("unmount answers, and %v is left", left)
+	}
+	n.unmount("m", "a")
+	n.unmount(other, "b")
+}
+
+// What cannot be deleted now is in nobody's way, and is deleted later.
+func TestDeletionThatFailsIsFinishedLater(t *testing.T) {
+	n := newNode(t)
+	n.create("m")
+	dir := n.mount("m", "a")
+	write(t, dir+"/x", "x")
+	inside := filepath.Join(n.runUpper("m", "a"), "upper", "held")
+	if err := os.Mkdir(inside, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "mount", "-t", "tmpfs", "x", inside)
+	n.unmount("m", "a")
+	if err := n.Reap(t.Context()); err == nil {
+		t.Error("reap says nothing of what it cannot delete")
+	}
+	n.mount("m", "a")
+	n.unmount("m", "a")
+	for _, dir := range n.dropped() {
+		run(t, "umount", filepath.Join(n.state, uppersDir, droppedDir, dir, "upper", "held"))
+	}
+	if err := n.Reap(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := n.Remove(t.Context(), "m"); err != nil {
+		t.Error(err)
+	}
+	n.empty()
+}
+
+func TestWaitForALockThatIsHeldTellsWhatToDo(t *testing.T) {
+	n := newNode(t)
+	n.create("m")
+	unlock, err := n.lock(t.Context(), "m")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unlock()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	_, err = n.Mount(ctx, "m", "a")
+	var hinted interface{ Hint() string }
+	if !errors.Is(err, context.DeadlineExceeded) || !errors.As(err, &hinted) {
+		t.Errorf("%v, want that it took too long, and what to do", err)
 	}
 }
 
