@@ -18,6 +18,7 @@
 //	STATE/uppers/dropped/NAME@KEY      what is being deleted; flocked by who does it
 //	STATE/locks/XX                     flock by hash of the volume's name
 //	STATE/locks/absorb                 flock of who absorbs
+//	STATE/locks/manual                 flock of who mounts at a folder of a person's choice
 //
 // What a reboot makes void lies in a folder named by the kernel's boot id and
 // is not fsynced: after a power cut no such record is ever read.

@@ -379,11 +379,15 @@ func (m *Manager) Unmount(ctx context.Context, name, id string) error {
 // errHeld tells that a mount could not be taken away yet.
 var errHeld = errors.New("the mount is still held")
 
-// elsewhereError tells that only a process in another mount namespace can take
-// a mount away: that of the plugin, where the engine runs it.
+// elsewhereError tells that a mount cannot be taken away from here: something
+// else is mounted over it, or it is in the mount namespace of another process,
+// that of the plugin where the engine runs it.
 type elsewhereError struct{ by Holder }
 
 func (e *elsewhereError) Error() string {
+	if e.by.own {
+		return fmt.Sprintf("something else is mounted over it at %s; umount that first", e.by.Mountpoint)
+	}
 	return fmt.Sprintf("it was mounted in the mount namespace of process %d, at %s", e.by.PID, e.by.Mountpoint)
 }
 
@@ -453,8 +457,8 @@ func (m *Manager) detach(ctx context.Context, mr mountRecord) error {
 }
 
 // checkFree returns errHeld where a mount is still shown that was here and is
-// unmounted now, or that is not here: then it may be in another namespace, whose
-// process must unmount it. An upper must not go while anybody shows it.
+// unmounted now, or that is not here: then it may lie under another mount, or be
+// in another namespace, whose process must unmount it. An upper must not go while anybody shows it.
 func (m *Manager) checkFree(ctx context.Context, mr mountRecord, here, upper bool) error {
 	use, err := m.scanKernel(ctx)
 	if err != nil {
@@ -462,7 +466,7 @@ func (m *Manager) checkFree(ctx context.Context, mr mountRecord, here, upper boo
 	}
 	for _, s := range use.of(m, mr) {
 		switch {
-		case !here && !s.own && s.isCopy(mr):
+		case !here && s.isCopy(mr):
 			return &elsewhereError{s.Holder}
 		case upper:
 			return fmt.Errorf("%w: process %d shows it at %s", errHeld, s.PID, s.Mountpoint)
