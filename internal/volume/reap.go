@@ -23,6 +23,7 @@ import (
 // one after another, and then starts it.
 const (
 	startGrace = 15 * 60 // after Mount, when no container ever showed it
+	callGrace  = 2 * 60  // likewise, when somebody asks for the volume's removal
 	endGrace   = 30      // when one did and is gone
 )
 
@@ -415,8 +416,9 @@ func (m *Manager) sweepBoots(use kernelUse) error {
 }
 
 // Remove deletes a volume and what was written into it. A volume that a
-// container shows is refused with ErrInUse, whatever an engine believes, and
-// one that keeps writes with a record that cannot be read with ErrDamaged.
+// container shows, or may be starting with, is refused with ErrInUse, whatever
+// an engine believes; one that keeps writes under a record that cannot be read,
+// with ErrDamaged.
 func (m *Manager) Remove(ctx context.Context, name string) error {
 	if err := CheckName(name); err != nil {
 		return err
@@ -460,10 +462,12 @@ func (m *Manager) remove(ctx context.Context, name string) error {
 			return fmt.Errorf("remove volume %s: %w: process %d shows it at %s", name, ErrInUse, users[0].PID, users[0].Mountpoint)
 		case !m.seesAll() && len(use.of(m, mr)) > 0:
 			return fmt.Errorf("remove volume %s: %w, as far as this process knows: %s; remove it by the engine, or run larder on the host", name, ErrInUse, m.Blind())
+		case starting(mr):
+			return fmt.Errorf("remove volume %s: %w: it was mounted a moment ago, for a container that may be starting; try again in two minutes", name, ErrInUse)
 		}
 	}
-	// No container shows any of its mounts: those that are left come from an
-	// engine that was killed or forgot to unmount.
+	// No container shows any of its mounts, or is about to: those that are left
+	// come from an engine that was killed or forgot to unmount.
 	for _, mr := range records {
 		mr.Refs, mr.Leaving = 0, true
 		if err := m.writeMount(mr); err != nil {
@@ -489,6 +493,13 @@ func (m *Manager) remove(ctx context.Context, name string) error {
 		m.log.Warn("a removed volume's files are still held", "volume", name, "reason", err)
 	}
 	return nil
+}
+
+// starting tells that an engine has a mount, and has had no time to start the
+// container with it.
+func starting(mr mountRecord) bool {
+	mounted := mr.Device != "" // else the call has failed, or is going on
+	return mounted && mr.Refs > 0 && !mr.Seen && bootSeconds()-mr.Called < callGrace
 }
 
 // finishRemove drops what a volume whose record says "removing" has written,

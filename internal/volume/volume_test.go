@@ -138,6 +138,19 @@ func (n *node) unmount(name, id string) {
 	}
 }
 
+// age makes a mount's last call so many seconds older.
+func (n *node) age(name, id string, seconds int64) {
+	n.t.Helper()
+	mr, ok, err := n.readMount(name, id)
+	if err != nil || !ok {
+		n.t.Fatalf("%v %v", ok, err)
+	}
+	mr.Called -= seconds
+	if err := n.writeMount(mr); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
 func (n *node) mustMounts(want int) {
 	n.t.Helper()
 	if got := n.mounts(); len(got) != want {
@@ -397,6 +410,33 @@ func TestWritesAreNotDeletedWhileAContainerShowsThem(t *testing.T) {
 	n.empty()
 }
 
+// Between the engine's Mount and the container's start no mount table shows a
+// user of the volume.
+func TestVolumeOfAContainerThatStartsIsNotRemoved(t *testing.T) {
+	n := newNode(t)
+	n.create("v", "model=m", "scope=volume")
+	write(t, n.mount("v", "a")+"/mine", "mine")
+	if err := n.Remove(t.Context(), "v"); !errors.Is(err, ErrInUse) || !strings.Contains(err.Error(), "try again") {
+		t.Errorf("got %v, want ErrInUse, and what to do", err)
+	}
+	if got := read(t, n.mount("v", "a")+"/mine"); got != "mine" {
+		t.Errorf("what was written is %q", got)
+	}
+	// The engine was killed and nobody will start it.
+	n.age("v", "a", callGrace+1)
+	if err := n.Remove(t.Context(), "v"); err != nil {
+		t.Error(err)
+	}
+	// It does not start, and the engine says so.
+	n.create("v", "model=m", "scope=volume")
+	n.mount("v", "b")
+	n.unmount("v", "b")
+	if err := n.Remove(t.Context(), "v"); err != nil {
+		t.Error(err)
+	}
+	n.empty()
+}
+
 func TestForgottenMountIsReaped(t *testing.T) {
 	n := newNode(t)
 	n.create("m")
@@ -411,25 +451,11 @@ func TestForgottenMountIsReaped(t *testing.T) {
 	reap(1)
 	stop() // and Unmount never comes
 	reap(1)
-	mr, ok, err := n.readMount("m", "a")
-	if err != nil || !ok {
-		t.Fatalf("%v %v", ok, err)
-	}
-	mr.Called -= endGrace + 1
-	if err := n.writeMount(mr); err != nil {
-		t.Fatal(err)
-	}
+	n.age("m", "a", endGrace+1)
 	reap(0)
 	// One that no container has shown yet may be about to start.
 	n.mount("m", "b")
-	mr, _, err = n.readMount("m", "b")
-	if err != nil {
-		t.Fatal(err)
-	}
-	mr.Called -= endGrace + 1
-	if err := n.writeMount(mr); err != nil {
-		t.Fatal(err)
-	}
+	n.age("m", "b", endGrace+1)
 	reap(1)
 	n.unmount("m", "b")
 }
