@@ -17,17 +17,18 @@ import (
 type life struct {
 	options map[string]string
 	use     func(n *node, l life)
+	early   bool // the engine asks before the plugin, started again, has tidied up
 }
 
 var lives = map[string]life{
-	"run":    {map[string]string{"model": "m"}, twoContainers},
-	"volume": {map[string]string{"model": "m", "scope": "volume"}, twoContainers},
-	"ro":     {map[string]string{"model": "m", "access": "ro", "layout": "hf"}, twoContainers},
-	"size":   {map[string]string{"model": "m", "size": "16MiB"}, twoContainers},
-	"kept":   {map[string]string{"model": "m", "scope": "volume", "size": "16MiB"}, twoContainers},
-	"tmpfs":  {map[string]string{"model": "m", "upper": "tmpfs", "size": "1MiB", "uid": "1000"}, twoContainers},
-	"absorb": {map[string]string{"model": "*", "absorb": "on"}, downloadAndAbsorb},
-	"views":  {map[string]string{"model": "m"}, dropUsedAndUnusedViews},
+	"run":    {map[string]string{"model": "m"}, twoContainers, false},
+	"volume": {map[string]string{"model": "m", "scope": "volume"}, twoContainers, true},
+	"ro":     {map[string]string{"model": "m", "access": "ro", "layout": "hf"}, twoContainers, false},
+	"size":   {map[string]string{"model": "m", "size": "16MiB"}, twoContainers, false},
+	"kept":   {map[string]string{"model": "m", "scope": "volume", "size": "16MiB"}, twoContainers, false},
+	"tmpfs":  {map[string]string{"model": "m", "upper": "tmpfs", "size": "1MiB", "uid": "1000"}, twoContainers, false},
+	"absorb": {map[string]string{"model": "*", "absorb": "on"}, downloadAndAbsorb, false},
+	"views":  {map[string]string{"model": "m"}, dropUsedAndUnusedViews, false},
 }
 
 func (l life) live(n *node) {
@@ -173,6 +174,12 @@ func (n *node) check(l life) {
 	n.t.Helper()
 	n.start()
 	ctx := n.t.Context()
+	if l.early && n.noted("new") {
+		for _, id := range []string{"a", "b", "c"} {
+			n.keeps("new", n.mount("v", id))
+			n.unmount("v", id)
+		}
+	}
 	if err := errors.Join(n.Sweep(ctx), n.Reap(ctx)); err != nil {
 		n.t.Error(err)
 	}
