@@ -458,7 +458,8 @@ func (m *Manager) detach(ctx context.Context, mr mountRecord) error {
 
 // checkFree returns errHeld where a mount is still shown that was here and is
 // unmounted now, or that is not here: then it may lie under another mount, or be
-// in another namespace, whose process must unmount it. An upper must not go while anybody shows it.
+// in another namespace, whose process must unmount it. An upper must not go
+// while anybody shows it.
 func (m *Manager) checkFree(ctx context.Context, mr mountRecord, here, upper bool) error {
 	use, err := m.scanKernel(ctx)
 	if err != nil {

@@ -27,6 +27,9 @@ const (
 	endGrace   = 30      // when one did and is gone
 )
 
+// How long Reap waits for deletions. Longer ones go on beside the next Reap.
+const deleteWait = 20 * time.Second
+
 func isNotEmpty(err error) bool {
 	return errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EBUSY)
 }
@@ -78,6 +81,8 @@ func (m *Manager) Reap(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	ctx, cancel := context.WithTimeout(ctx, deleteWait)
+	defer cancel()
 	return multierror.Append(failed, m.deleteDropped(ctx, "")).ErrorOrNil()
 }
 
