@@ -169,21 +169,18 @@ func (m *Manager) Absorb(ctx context.Context) error {
 	return failed.ErrorOrNil()
 }
 
-// absorb looks at one upper, and deletes it unless it must be looked at again.
+// absorb looks at one upper, and drops it unless it must be looked at again.
 func (m *Manager) absorb(ctx context.Context, a aside) error {
-	if !exists(a.dir) {
-		return m.dropAside(ctx, a) // or it is being set aside at this moment
-	}
-	if err := m.takeOver(ctx, a); err != nil {
-		if ctx.Err() != nil || !verdict(err) {
-			return fmt.Errorf("%w; it stays in %s until it can be, or until that folder is removed", err, a.dir)
+	looked := exists(a.dir) // else it was dropped, or is being set aside at this moment
+	if looked {
+		if err := m.takeOver(ctx, a); err != nil {
+			if ctx.Err() != nil || !verdict(err) {
+				return fmt.Errorf("%w; it stays in %s until it can be, or until that folder is removed", err, a.dir)
+			}
+			m.log.Warn("take over what a container downloaded", "volume", a.Volume, "id", a.ID, "error", err)
 		}
-		m.log.Warn("take over what a container downloaded", "volume", a.Volume, "id", a.ID, "error", err)
 	}
-	if err := overlay.RemoveUpper(a.dir); err != nil {
-		return err
-	}
-	return m.dropAside(ctx, a)
+	return m.dropAside(ctx, a, looked)
 }
 
 // verdict tells whether an error says of a download itself that it cannot be
@@ -203,13 +200,21 @@ func verdict(err error) bool {
 		errors.Is(err, modelpack.ErrInvalid) || errors.Is(err, view.ErrInvalid) || errors.Is(err, ErrInvalid)
 }
 
-// dropAside drops the record of an upper that is gone.
-func (m *Manager) dropAside(ctx context.Context, a aside) error {
-	unlock, err := m.lock(ctx, filepath.Base(filepath.Dir(a.dir)))
+// dropAside drops an upper that was looked at, and the record of one that is
+// gone. The upper goes first, at once: half of one would be looked at again.
+func (m *Manager) dropAside(ctx context.Context, a aside, looked bool) error {
+	name := filepath.Base(filepath.Dir(a.dir))
+	unlock, err := m.lock(ctx, name)
 	if err != nil {
 		return err
 	}
+	defer m.finishDrops(ctx, name)
 	defer unlock()
+	if looked {
+		if err := m.drop(name, a.dir); err != nil {
+			return err
+		}
+	}
 	if exists(a.dir) {
 		return nil
 	}
@@ -231,6 +236,9 @@ func (m *Manager) takeOver(ctx context.Context, a aside) error {
 		return err
 	}
 	upper := upperOf(a.dir)
+	if !exists(upper) {
+		return nil // Mount died before anything could be written
+	}
 	whole, err := directory.HubCache(upper)
 	if err != nil {
 		return err

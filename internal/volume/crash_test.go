@@ -17,16 +17,18 @@ import (
 type life struct {
 	options map[string]string
 	use     func(n *node, l life)
+	early   bool // the engine asks before the plugin, started again, has tidied up
 }
 
 var lives = map[string]life{
-	"run":    {map[string]string{"model": "m"}, twoContainers},
-	"volume": {map[string]string{"model": "m", "scope": "volume"}, twoContainers},
-	"ro":     {map[string]string{"model": "m", "access": "ro", "layout": "hf"}, twoContainers},
-	"size":   {map[string]string{"model": "m", "size": "16MiB"}, twoContainers},
-	"tmpfs":  {map[string]string{"model": "m", "upper": "tmpfs", "size": "1MiB", "uid": "1000"}, twoContainers},
-	"absorb": {map[string]string{"model": "*", "absorb": "on"}, downloadAndAbsorb},
-	"views":  {map[string]string{"model": "m"}, dropUsedAndUnusedViews},
+	"run":    {map[string]string{"model": "m"}, twoContainers, false},
+	"volume": {map[string]string{"model": "m", "scope": "volume"}, twoContainers, true},
+	"ro":     {map[string]string{"model": "m", "access": "ro", "layout": "hf"}, twoContainers, false},
+	"size":   {map[string]string{"model": "m", "size": "16MiB"}, twoContainers, false},
+	"kept":   {map[string]string{"model": "m", "scope": "volume", "size": "16MiB"}, twoContainers, false},
+	"tmpfs":  {map[string]string{"model": "m", "upper": "tmpfs", "size": "1MiB", "uid": "1000"}, twoContainers, false},
+	"absorb": {map[string]string{"model": "*", "absorb": "on"}, downloadAndAbsorb, false},
+	"views":  {map[string]string{"model": "m"}, dropUsedAndUnusedViews, false},
 }
 
 func (l life) live(n *node) {
@@ -35,6 +37,7 @@ func (l life) live(n *node) {
 		n.t.Fatal(err)
 	}
 	l.use(n, l)
+	n.forget("new") // whoever removes the volume wants no more of it
 	if err := n.Remove(n.t.Context(), "v"); err != nil {
 		n.t.Fatal(err)
 	}
@@ -43,18 +46,48 @@ func (l life) live(n *node) {
 func twoContainers(n *node, l life) {
 	n.t.Helper()
 	dir := n.mount("v", "a")
+	n.keeps("new", dir)
 	if l.options["access"] != "ro" {
 		write(n.t, dir+"/new", "x")
 	}
-	n.mount("v", "b")
+	if l.options["scope"] == "volume" {
+		n.note("new")
+	}
+	n.keeps("new", n.mount("v", "b"))
 	n.unmount("v", "a")
 	n.unmount("v", "b")
+	if l.options["scope"] == "volume" {
+		n.keeps("new", n.mount("v", "c"))
+		n.unmount("v", "c")
+	}
+}
+
+// note writes down, outside of the state, that a container has written
+// something whole: from then on it must not be lost.
+func (n *node) note(what string) { write(n.t, filepath.Join(n.root, "wrote-"+what), "") }
+
+func (n *node) noted(what string) bool { return exists(filepath.Join(n.root, "wrote-"+what)) }
+
+func (n *node) forget(what string) {
+	n.t.Helper()
+	if err := os.RemoveAll(filepath.Join(n.root, "wrote-"+what)); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// keeps checks that a mount shows a file that was noted.
+func (n *node) keeps(name, dir string) {
+	n.t.Helper()
+	if !n.noted(name) {
+		return
+	}
+	if data, err := os.ReadFile(filepath.Join(dir, name)); err != nil || string(data) != "x" {
+		n.t.Errorf("what a container wrote is lost: %q, %v", data, err)
+	}
 }
 
 const downloaded = "0123456789012345678901234567890123456789"
 
-// downloadAndAbsorb notes outside of the state that the container has written
-// all of its download: from then on it must not be lost.
 func downloadAndAbsorb(n *node, _ life) {
 	n.t.Helper()
 	dir := n.mount("v", "a")
@@ -62,7 +95,7 @@ func downloadAndAbsorb(n *node, _ life) {
 		n.t.Fatal(err)
 	}
 	download(n.t, dir, downloaded, "weights")
-	write(n.t, filepath.Join(n.root, "written"), "")
+	n.note("download")
 	n.unmount("v", "a")
 	if err := n.Absorb(n.t.Context()); err != nil {
 		n.t.Fatal(err)
@@ -98,7 +131,7 @@ func TestPluginKilledAtEveryStep(t *testing.T) {
 	}
 	memory := testenv.LoopFS(t, "tmpfs", 0).Dir
 	t.Run("lives", func(t *testing.T) { // all of them have ended when it has
-		for _, name := range []string{"absorb", "run", "views", "size", "tmpfs", "volume", "ro"} { // the longest first
+		for _, name := range []string{"absorb", "run", "kept", "views", "size", "tmpfs", "volume", "ro"} { // the longest first
 			l := lives[name]
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
@@ -141,10 +174,16 @@ func (n *node) check(l life) {
 	n.t.Helper()
 	n.start()
 	ctx := n.t.Context()
+	if l.early && n.noted("new") {
+		for _, id := range []string{"a", "b", "c"} {
+			n.keeps("new", n.mount("v", id))
+			n.unmount("v", id)
+		}
+	}
 	if err := errors.Join(n.Sweep(ctx), n.Reap(ctx)); err != nil {
 		n.t.Error(err)
 	}
-	if exists(filepath.Join(n.root, "written")) {
+	if n.noted("download") {
 		n.unmount("v", "a") // the engine has not heard of the first one's end
 		if err := n.Absorb(ctx); err != nil {
 			n.t.Error(err)

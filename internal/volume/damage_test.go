@@ -79,6 +79,35 @@ func TestDamagedRecordOfAMount(t *testing.T) {
 	}
 }
 
+// A damaged record says no more whether the volume keeps its writes, so a
+// removal does not delete them. The advice begins anew, and the writes stay.
+func TestVolumeWithADamagedRecordKeepsItsWrites(t *testing.T) {
+	n := newNode(t)
+	n.create("v", "model=m", "scope=volume")
+	write(t, n.mount("v", "a")+"/mine", "mine")
+	n.unmount("v", "a")
+	write(t, n.recordPath("v"), "")
+	err := n.Remove(t.Context(), "v")
+	var hinted interface{ Hint() string }
+	if !errors.Is(err, ErrDamaged) || !errors.As(err, &hinted) || !strings.Contains(hinted.Hint(), n.volumeUpper("v")) {
+		t.Fatalf("remove: %v, want that it is damaged, and what to do with %s", err, n.volumeUpper("v"))
+	}
+	// What the advice says.
+	away := filepath.Join(t.TempDir(), "away")
+	if err := os.Rename(n.volumeUpper("v"), away); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Remove(t.Context(), "v"); err != nil {
+		t.Fatal(err)
+	}
+	n.create("v", "model=m", "scope=volume")
+	n.mount("v", "a")
+	n.unmount("v", "a")
+	if got := read(t, away+"/upper/mine"); got != "mine" {
+		t.Errorf("what was written is %q", got)
+	}
+}
+
 // Runs that share a mount: a record that cannot be read may be of one of them.
 func TestMountIsNotEndedUnderADamagedRecord(t *testing.T) {
 	n := newNode(t)

@@ -15,8 +15,10 @@
 //	STATE/uppers/volume/NAME           what all runs of the volume wrote; kept
 //	STATE/uppers/absorb/NAME/KEY       what a run wrote that Absorb is to look at
 //	STATE/uppers/absorb/NAME/KEY.json  what that run was shown; durable
+//	STATE/uppers/dropped/NAME@KEY      what is being deleted; flocked by who does it
 //	STATE/locks/XX                     flock by hash of the volume's name
 //	STATE/locks/absorb                 flock of who absorbs
+//	STATE/locks/manual                 flock of who mounts at a folder of a person's choice
 //
 // What a reboot makes void lies in a folder named by the kernel's boot id and
 // is not fsynced: after a power cut no such record is ever read.
@@ -43,10 +45,12 @@
 // # What holds after a crash
 //
 // Mount: record, folders, mount(2). A record without a mount is finished by
-// the next Mount of that ID or dropped by Reap. Unmount: unmount, upper (deleted,
+// the next Mount of that ID or dropped by Reap. Unmount: unmount, upper (dropped,
 // or set aside for Absorb: its record, then a new name), folder, record; a repeat
 // or Reap finishes it. Remove: the record is renamed to NAME.removing first and
-// dropped last; until it is dropped, Sweep goes on with what it covers. An upper
+// dropped last; until it is dropped, Sweep and Reap go on with what it covers.
+// To drop an upper is to give it another name, by which it is deleted when the
+// volume's lock is free: by the call that dropped it, else by Reap. An upper
 // of scope volume without either record is never deleted: its record may have
 // been lost. A volume made for a manual mount and left without one is removed
 // by Sweep.

@@ -93,7 +93,7 @@ func Open(ctx context.Context, c Config) (*Manager, error) {
 	m := &Manager{store: c.Store, state: state, node: c.Node, boot: c.BootID, puller: c.Puller, loopOnly: c.LoopOnly, log: c.Log, plans: map[string]string{}, ended: make(chan struct{}, 1)}
 	m.mnt = c.Mounts
 	if m.mnt == "" {
-		m.mnt = filepath.Join(state, "mnt")
+		m.mnt = filepath.Join(state, mntDir)
 	}
 	if m.log == nil {
 		m.log = slog.New(slog.DiscardHandler)
@@ -106,8 +106,8 @@ func Open(ctx context.Context, c Config) (*Manager, error) {
 	if err := CheckID(m.boot); err != nil {
 		return nil, fmt.Errorf("open state: boot id: %w", err)
 	}
-	for _, dir := range []string{"volumes", "mounts", "mounts/" + m.boot, viewsDir, uppersDir, "uppers/run", "uppers/volume", "locks"} {
-		if err := disk.MkdirAll(filepath.Join(state, dir), 0o711); err != nil {
+	for _, dir := range []string{"volumes", "mounts", "mounts/" + m.boot, viewsDir, uppersDir, "uppers/run", "uppers/volume", "uppers/" + droppedDir, "locks", mntDir} {
+		if err := makePrivate(filepath.Join(state, dir)); err != nil {
 			return nil, fmt.Errorf("open state: %w", err)
 		}
 	}
@@ -133,6 +133,26 @@ func Open(ctx context.Context, c Config) (*Manager, error) {
 		return nil, fmt.Errorf("open state: %w", err)
 	}
 	return m, nil
+}
+
+// makePrivate makes a folder, or takes over one of an earlier Larder, that no
+// other user of the host can enter: views and what containers write may be
+// anybody's to write, and mount tables name the folders. An engine does not
+// need to be let in, for it opens the source of a bind mount as root, for
+// containers in a user namespace too (runc since 1.1). For what does need it, a
+// group that has been given the right to enter keeps it.
+func makePrivate(dir string) error {
+	if err := disk.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	fi, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if private := fi.Mode().Perm() &^ 0o007; private != fi.Mode().Perm() {
+		return disk.Chmod(dir, private)
+	}
+	return nil
 }
 
 var stateID = regexp.MustCompile(`^[0-9a-f]{32}$`)
@@ -193,13 +213,33 @@ const lockRetry = 2 * time.Millisecond
 // shared by hash and never deleted: a lock on a file that has lost its name
 // would guard nothing.
 func (m *Manager) lock(ctx context.Context, name string) (func(), error) {
-	h := fnv.New32a()
-	_, _ = h.Write([]byte(name))
-	l := flock.New(filepath.Join(m.state, "locks", fmt.Sprintf("%02x", h.Sum32()&0xff)), flock.SetPermissions(0o600))
+	l := flock.New(filepath.Join(m.state, "locks", lockName(name)), flock.SetPermissions(0o600))
 	if _, err := l.TryLockContext(ctx, lockRetry); err != nil {
-		return nil, fmt.Errorf("lock volume %s: %w", name, err)
+		return nil, &lockError{name, err}
 	}
 	return func() { _ = l.Close() }, nil
+}
+
+func lockName(volume string) string {
+	h := fnv.New32a()
+	_, _ = h.Write([]byte(volume))
+	return fmt.Sprintf("%02x", h.Sum32()&0xff)
+}
+
+type lockError struct {
+	volume string
+	err    error
+}
+
+func (e *lockError) Error() string { return fmt.Sprintf("lock volume %s: %v", e.volume, e.err) }
+func (e *lockError) Unwrap() error { return e.err }
+
+// Hint says what to do next.
+func (e *lockError) Hint() string {
+	if !errors.Is(e.err, context.DeadlineExceeded) {
+		return ""
+	}
+	return "another call on this volume, or on one that shares its lock, takes long; try again, and see larder-plugin's log for what it waits for"
 }
 
 // Create records a volume. Its models must be in the store, or be fetched by

@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/gofrs/flock"
+
 	"github.com/larder-project/larder/internal/disk"
 	"github.com/larder-project/larder/internal/overlay"
 )
@@ -42,6 +44,7 @@ func (m *Manager) MountAt(ctx context.Context, name string, raw map[string]strin
 	if err != nil {
 		return err
 	}
+	defer m.finishDrops(ctx, r.Name)
 	defer unlock()
 	if err := m.create(ctx, r, o); err != nil {
 		return fmt.Errorf("create volume %s: %w", r.Name, err)
@@ -71,6 +74,15 @@ func (m *Manager) mountAt(ctx context.Context, name, id, target string) error {
 			return fmt.Errorf("mount volume %s: %w: its writes are mounted at %s already", name, ErrInUse, others[0].Target)
 		}
 	}
+	// Other volumes, with other locks, may be on their way to the same folder.
+	l := flock.New(filepath.Join(m.state, "locks", "manual"), flock.SetPermissions(0o600))
+	if _, err := l.TryLockContext(ctx, lockRetry); err != nil {
+		return fmt.Errorf("lock %s: %w", l.Path(), err)
+	}
+	defer l.Close()
+	if err := checkTarget(target); err != nil {
+		return fmt.Errorf("mount volume %s: %w", name, err)
+	}
 	mr, err := m.begin(ctx, r, o, mountRecord{Volume: name, ID: id, Target: target, Place: m.placeOf(target), Manual: true})
 	if err == nil {
 		err = m.attach(ctx, o, mr)
@@ -93,17 +105,21 @@ func cleanTarget(target string) (string, error) {
 	if target, err = filepath.EvalSymlinks(target); err != nil {
 		return "", err
 	}
+	return target, checkTarget(target)
+}
+
+func checkTarget(target string) error {
 	if mounted, err := overlay.IsMounted(target); err != nil || mounted {
-		return "", errors.Join(fmt.Errorf("something is mounted at %s already", target), err)
+		return errors.Join(fmt.Errorf("something is mounted at %s already", target), err)
 	}
 	entries, err := os.ReadDir(target)
 	if err != nil {
-		return "", err
+		return err
 	}
 	if len(entries) > 0 {
-		return "", fmt.Errorf("%s is not empty: the mount would hide what is in it", target)
+		return fmt.Errorf("%s is not empty: the mount would hide what is in it", target)
 	}
-	return target, nil
+	return nil
 }
 
 // ErrNotMounted is returned for a folder at which Larder has mounted nothing.
@@ -146,6 +162,7 @@ func (m *Manager) endManual(ctx context.Context, name, id string) error {
 	if err != nil {
 		return err
 	}
+	defer m.finishDrops(ctx, name)
 	defer unlock()
 	mr, ok, err := m.readMount(name, id)
 	if err != nil {

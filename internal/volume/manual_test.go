@@ -1,13 +1,19 @@
 package volume
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
+
+	"github.com/larder-project/larder/internal/overlay"
 )
 
 // mountByHand mounts a model by hand, and returns where.
@@ -113,6 +119,85 @@ func TestVolumesOfManualMountsAreSweptAfterAReboot(t *testing.T) {
 	entries, err := os.ReadDir(filepath.Join(n.state, "uppers", "run"))
 	if err != nil || len(entries) > 0 {
 		t.Errorf("uppers of runs: %v %v", entries, err)
+	}
+}
+
+// Two people choose one folder at the same moment, and both find it empty.
+func TestSecondMountAtAFolderIsRefused(t *testing.T) {
+	n := newNode(t)
+	n.publish("other:1", "two")
+	at := filepath.Join(t.TempDir(), "here")
+	unlock, err := n.lock(t.Context(), "b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error)
+	go func() { done <- n.MountAt(context.Background(), "b", options("model=other"), at) }()
+	for !exists(at) {
+		time.Sleep(time.Millisecond)
+	}
+	time.Sleep(100 * time.Millisecond) // until it waits for the lock
+	if err := n.MountAt(t.Context(), "", options("model=m"), at); err != nil {
+		t.Fatal(err)
+	}
+	unlock()
+	if err := <-done; err == nil || !strings.Contains(err.Error(), "is mounted at "+at+" already") {
+		t.Errorf("got %v, want a refusal", err)
+	}
+	if got := read(t, at+"/weights"); got != "one" {
+		t.Errorf("the folder shows %q", got)
+	}
+	if err := n.UnmountAt(t.Context(), at); err != nil {
+		t.Error(err)
+	}
+	n.mustMounts(0)
+}
+
+// Many at once: one of them gets the folder, and the mount is its own.
+func TestManyMountsAtAFolder(t *testing.T) {
+	n := newNode(t)
+	at := filepath.Join(t.TempDir(), "here")
+	var won atomic.Int32
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			if n.MountAt(context.Background(), "", options("model=m"), at) == nil {
+				won.Add(1)
+			}
+		})
+	}
+	wg.Wait()
+	if won.Load() != 1 {
+		t.Errorf("%d mounts at one folder succeeded", won.Load())
+	}
+	if err := n.UnmountAt(t.Context(), at); err != nil {
+		t.Error(err)
+	}
+	if left, err := overlay.IsMounted(at); err != nil || left {
+		t.Errorf("still mounted: %v %v", left, err)
+	}
+	n.mustVolumes()
+	n.empty()
+}
+
+// Somebody has mounted something over a mount by hand.
+func TestMountUnderAnotherMountIsNotEnded(t *testing.T) {
+	for _, access := range []string{"ro", "overlay"} {
+		n := newNode(t)
+		at := n.mountByHand("", "model=m;access="+access)
+		run(t, "mount", "-t", "tmpfs", "x", at)
+		t.Cleanup(func() { _ = exec.Command("umount", "-l", at).Run() })
+		if err := n.UnmountAt(t.Context(), at); !errors.Is(err, ErrInUse) || !strings.Contains(err.Error(), "over it") {
+			t.Errorf("%s: %v, want that it is in use, and why", access, err)
+		}
+		if all, err := n.Mounts(t.Context()); err != nil || len(all) != 1 || all[0].Leaving {
+			t.Errorf("%s: the mounts are %+v, %v", access, all, err)
+		}
+		run(t, "umount", at)
+		if err := n.UnmountAt(t.Context(), at); err != nil {
+			t.Errorf("%s: when it has gone: %v", access, err)
+		}
+		n.empty()
 	}
 }
 

@@ -37,7 +37,7 @@ func (m *Manager) target(name, id string, o Options) string {
 // Mount mounts a volume for one run and returns the folder that shows it. A
 // repeat with the same ID gives the same folder and is counted. Nothing is
 // fetched: a model that is missing is an error that says what to do.
-func (m *Manager) Mount(ctx context.Context, name, id string) (string, error) {
+func (m *Manager) Mount(ctx context.Context, name, id string) (_ string, err error) {
 	if err := errors.Join(CheckName(name), CheckID(id)); err != nil {
 		return "", err
 	}
@@ -45,7 +45,12 @@ func (m *Manager) Mount(ctx context.Context, name, id string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer unlock()
+	defer func() {
+		unlock()
+		if err != nil {
+			m.finishDrops(ctx, name)
+		}
+	}()
 	r, err := m.readRecord(name)
 	if err != nil {
 		return "", err
@@ -169,6 +174,11 @@ func (m *Manager) attach(ctx context.Context, o Options, mr mountRecord) (err er
 	if live {
 		return m.attached(mr) // another run of the volume has mounted it
 	}
+	if !mr.Manual && !m.mntIsOurs() { // which is private as a whole
+		if err := makePrivate(m.Path(mr.Volume)); err != nil {
+			return err
+		}
+	}
 	if err := disk.MkdirAll(mr.Target, 0o711); err != nil {
 		return err
 	}
@@ -231,13 +241,13 @@ func (m *Manager) takeUpper(ctx context.Context, mr mountRecord, o Options, view
 	return overlay.NewUpper(ctx, mr.Upper, viewDir, m.state, m.limit(o))
 }
 
-// dropUpper ends what a run wrote, which nobody shows any more: it is deleted,
+// dropUpper ends what a run wrote, which nobody shows any more: it is dropped,
 // or kept aside until Absorb has looked at it.
 func (m *Manager) dropUpper(mr mountRecord) error {
 	if mr.Absorb {
 		return m.setAside(mr)
 	}
-	return overlay.RemoveUpper(mr.Upper)
+	return m.drop(mr.Volume, mr.Upper)
 }
 
 // rollBack leaves no trace of a mount that failed. Where another run has the
@@ -336,6 +346,7 @@ func (m *Manager) Unmount(ctx context.Context, name, id string) error {
 	if err != nil {
 		return err
 	}
+	defer m.finishDrops(ctx, name)
 	defer unlock()
 	mr, ok, err := m.readMount(name, id)
 	if err != nil || !ok {
@@ -368,11 +379,15 @@ func (m *Manager) Unmount(ctx context.Context, name, id string) error {
 // errHeld tells that a mount could not be taken away yet.
 var errHeld = errors.New("the mount is still held")
 
-// elsewhereError tells that only a process in another mount namespace can take
-// a mount away: that of the plugin, where the engine runs it.
+// elsewhereError tells that a mount cannot be taken away from here: something
+// else is mounted over it, or it is in the mount namespace of another process,
+// that of the plugin where the engine runs it.
 type elsewhereError struct{ by Holder }
 
 func (e *elsewhereError) Error() string {
+	if e.by.own {
+		return fmt.Sprintf("something else is mounted over it at %s; umount that first", e.by.Mountpoint)
+	}
 	return fmt.Sprintf("it was mounted in the mount namespace of process %d, at %s", e.by.PID, e.by.Mountpoint)
 }
 
@@ -414,9 +429,7 @@ func (m *Manager) detach(ctx context.Context, mr mountRecord) error {
 		}
 	}
 	if ofRun {
-		if err := m.dropUpper(mr); errors.Is(err, overlay.ErrBusy) {
-			return fmt.Errorf("%w: %w", errHeld, err)
-		} else if err != nil {
+		if err := m.dropUpper(mr); err != nil {
 			return err
 		}
 	}
@@ -444,8 +457,9 @@ func (m *Manager) detach(ctx context.Context, mr mountRecord) error {
 }
 
 // checkFree returns errHeld where a mount is still shown that was here and is
-// unmounted now, or that is not here: then it may be in another namespace, whose
-// process must unmount it. An upper must not go while anybody shows it.
+// unmounted now, or that is not here: then it may lie under another mount, or be
+// in another namespace, whose process must unmount it. An upper must not go
+// while anybody shows it.
 func (m *Manager) checkFree(ctx context.Context, mr mountRecord, here, upper bool) error {
 	use, err := m.scanKernel(ctx)
 	if err != nil {
@@ -453,7 +467,7 @@ func (m *Manager) checkFree(ctx context.Context, mr mountRecord, here, upper boo
 	}
 	for _, s := range use.of(m, mr) {
 		switch {
-		case !here && !s.own && s.isCopy(mr):
+		case !here && s.isCopy(mr):
 			return &elsewhereError{s.Holder}
 		case upper:
 			return fmt.Errorf("%w: process %d shows it at %s", errHeld, s.PID, s.Mountpoint)

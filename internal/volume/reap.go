@@ -23,8 +23,12 @@ import (
 // one after another, and then starts it.
 const (
 	startGrace = 15 * 60 // after Mount, when no container ever showed it
+	callGrace  = 2 * 60  // likewise, when somebody asks for the volume's removal
 	endGrace   = 30      // when one did and is gone
 )
+
+// How long Reap waits for deletions. Longer ones go on beside the next Reap.
+const deleteWait = 20 * time.Second
 
 func isNotEmpty(err error) bool {
 	return errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EBUSY)
@@ -70,25 +74,30 @@ func (m *Manager) awaitUpper(ctx context.Context, mr mountRecord) error {
 
 // Reap looks at every mount record of this boot and takes away what nobody
 // uses: mounts whose last Unmount was held up or never came, and records whose
-// mount has gone. It also notes which mounts a container shows.
+// mount has gone. It also notes which mounts a container shows. Then it deletes
+// what was dropped, by it or by a call that did not come to the end.
 func (m *Manager) Reap(ctx context.Context) error {
-	names, err := m.mountedNames(m.boot)
-	if err != nil {
+	failed := multierror.Append(nil, m.sweepRemoving(ctx), m.reapMounts(ctx))
+	if err := ctx.Err(); err != nil {
 		return err
 	}
-	var failed *multierror.Error
-	if err := m.sweepRemoving(ctx); err != nil {
-		failed = multierror.Append(failed, err)
-	}
-	if len(names) == 0 {
-		return failed.ErrorOrNil()
+	ctx, cancel := context.WithTimeout(ctx, deleteWait)
+	defer cancel()
+	return multierror.Append(failed, m.deleteDropped(ctx, "")).ErrorOrNil()
+}
+
+func (m *Manager) reapMounts(ctx context.Context) error {
+	names, err := m.mountedNames(m.boot)
+	if err != nil || len(names) == 0 {
+		return err
 	}
 	// One look at the mount tables for all volumes: with thousands of
 	// containers it takes long.
 	look, err := m.scanKernel(ctx)
 	if err != nil {
-		return errors.Join(err, failed.ErrorOrNil())
+		return err
 	}
+	var failed *multierror.Error
 	for _, name := range names {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -338,14 +347,18 @@ func (m *Manager) sweepTargets(ctx context.Context) error {
 	return nil
 }
 
-// madeFolder tells whether a folder below the one for mounts is Larder's. That
-// one may be a folder of the host's with other things in it (Config.Mounts), so
-// a volume or a mount, of this boot or an earlier one, must have the name.
+// mntIsOurs tells that the folder for mounts is no folder of the host's with
+// other things in it (Config.Mounts).
+func (m *Manager) mntIsOurs() bool { return m.mnt == filepath.Join(m.state, mntDir) }
+
+// madeFolder tells whether a folder below the one for mounts is Larder's. In a
+// folder of the host's, a volume or a mount, of this boot or an earlier one,
+// must have the name.
 func (m *Manager) madeFolder(name string) bool {
 	if CheckName(name) != nil {
 		return false
 	}
-	if m.mnt == filepath.Join(m.state, "mnt") || exists(m.recordPath(name)) || exists(filepath.Join(m.state, "volumes", name+removingSuffix)) {
+	if m.mntIsOurs() || exists(m.recordPath(name)) || exists(filepath.Join(m.state, "volumes", name+removingSuffix)) {
 		return true
 	}
 	of, err := filepath.Glob(filepath.Join(escapeGlob(m.state), "mounts", "*", name))
@@ -354,7 +367,7 @@ func (m *Manager) madeFolder(name string) bool {
 
 // madeTarget tells likewise of a mountpoint in a folder that is Larder's.
 func (m *Manager) madeTarget(name, id string) bool {
-	if m.mnt == filepath.Join(m.state, "mnt") || id == sharedTarget || anonymous.MatchString(id) {
+	if m.mntIsOurs() || id == sharedTarget || anonymous.MatchString(id) {
 		return true // an engine's IDs are as its names for volumes without one
 	}
 	of, err := filepath.Glob(filepath.Join(escapeGlob(m.state), "mounts", "*", name, escapeGlob(id)+recordSuffix))
@@ -408,7 +421,9 @@ func (m *Manager) sweepBoots(use kernelUse) error {
 }
 
 // Remove deletes a volume and what was written into it. A volume that a
-// container shows is refused with ErrInUse, whatever an engine believes.
+// container shows, or may be starting with, is refused with ErrInUse, whatever
+// an engine believes; one that keeps writes under a record that cannot be read,
+// with ErrDamaged.
 func (m *Manager) Remove(ctx context.Context, name string) error {
 	if err := CheckName(name); err != nil {
 		return err
@@ -417,11 +432,13 @@ func (m *Manager) Remove(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
+	defer m.finishDrops(ctx, name)
 	defer unlock()
-	if _, err := os.Lstat(m.recordPath(name)); err != nil {
-		return m.notFound(name)
+	_, err = m.readRecord(name)
+	if errors.Is(err, ErrNotFound) || err != nil && exists(m.volumeUpper(name)) {
+		return err
 	}
-	return m.remove(ctx, name)
+	return m.remove(ctx, name) // a damaged record that covers nothing too
 }
 
 // remove is Remove with the volume's lock held.
@@ -450,10 +467,12 @@ func (m *Manager) remove(ctx context.Context, name string) error {
 			return fmt.Errorf("remove volume %s: %w: process %d shows it at %s", name, ErrInUse, users[0].PID, users[0].Mountpoint)
 		case !m.seesAll() && len(use.of(m, mr)) > 0:
 			return fmt.Errorf("remove volume %s: %w, as far as this process knows: %s; remove it by the engine, or run larder on the host", name, ErrInUse, m.Blind())
+		case starting(mr):
+			return fmt.Errorf("remove volume %s: %w: it was mounted a moment ago, for a container that may be starting; try again in two minutes", name, ErrInUse)
 		}
 	}
-	// No container shows any of its mounts: those that are left come from an
-	// engine that was killed or forgot to unmount.
+	// No container shows any of its mounts, or is about to: those that are left
+	// come from an engine that was killed or forgot to unmount.
 	for _, mr := range records {
 		mr.Refs, mr.Leaving = 0, true
 		if err := m.writeMount(mr); err != nil {
@@ -481,7 +500,14 @@ func (m *Manager) remove(ctx context.Context, name string) error {
 	return nil
 }
 
-// finishRemove deletes what a volume whose record says "removing" has written,
+// starting tells that an engine has a mount, and has had no time to start the
+// container with it.
+func starting(mr mountRecord) bool {
+	mounted := mr.Device != "" // else the call has failed, or is going on
+	return mounted && mr.Refs > 0 && !mr.Seen && bootSeconds()-mr.Called < callGrace
+}
+
+// finishRemove drops what a volume whose record says "removing" has written,
 // then that record.
 func (m *Manager) finishRemove(ctx context.Context, name string) error {
 	removing := filepath.Join(m.state, "volumes", name+removingSuffix)
@@ -494,7 +520,7 @@ func (m *Manager) finishRemove(ctx context.Context, name string) error {
 		if err := m.checkFree(ctx, upper, true, true); err != nil {
 			return err
 		}
-		if err := overlay.RemoveUpper(upper.Upper); err != nil {
+		if err := m.drop(name, upper.Upper); err != nil {
 			return err
 		}
 	}

@@ -76,6 +76,9 @@ type viewRecord struct {
 const (
 	viewsDir  = "views"
 	uppersDir = "uppers"
+	mntDir    = "mnt"
+
+	droppedDir = "dropped" // below uppers
 )
 
 const (
@@ -100,10 +103,11 @@ func (m *Manager) readRecord(name string) (record, error) {
 		err = fmt.Errorf("it is the record of %.100q", r.Name)
 	}
 	if err != nil {
-		return record{}, &damagedError{
-			text: fmt.Sprintf("volume %s: its record %s cannot be read", name, m.recordPath(name)), err: err,
-			hint: "restore the file from a backup, or remove it and create the volume again; what containers wrote is kept in uppers/volume/" + name,
+		hint := "restore the file from a backup, or remove the volume and create it again"
+		if upper := m.volumeUpper(name); exists(upper) {
+			hint = fmt.Sprintf("restore the file from a backup; or move %s away, which is what containers wrote, then remove the volume and create it again", upper)
 		}
+		return record{}, &damagedError{text: fmt.Sprintf("volume %s: its record %s cannot be read", name, m.recordPath(name)), err: err, hint: hint}
 	}
 	return r, nil
 }

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -137,6 +138,19 @@ func (n *node) unmount(name, id string) {
 	}
 }
 
+// age makes a mount's last call so many seconds older.
+func (n *node) age(name, id string, seconds int64) {
+	n.t.Helper()
+	mr, ok, err := n.readMount(name, id)
+	if err != nil || !ok {
+		n.t.Fatalf("%v %v", ok, err)
+	}
+	mr.Called -= seconds
+	if err := n.writeMount(mr); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
 func (n *node) mustMounts(want int) {
 	n.t.Helper()
 	if got := n.mounts(); len(got) != want {
@@ -148,7 +162,7 @@ func (n *node) mustMounts(want int) {
 func (n *node) empty() {
 	n.t.Helper()
 	n.mustMounts(0)
-	for _, dir := range []string{"uppers/run", "uppers/volume", "uppers/absorb", "mounts/" + n.boot, "mnt", "volumes"} {
+	for _, dir := range []string{"uppers/run", "uppers/volume", "uppers/absorb", "uppers/dropped", "mounts/" + n.boot, "mnt", "volumes"} {
 		entries, err := os.ReadDir(filepath.Join(n.state, dir))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			n.t.Fatal(err)
@@ -157,6 +171,20 @@ func (n *node) empty() {
 			n.t.Errorf("left in %s: %s", dir, e.Name())
 		}
 	}
+}
+
+// dropped lists the uppers that are being deleted.
+func (n *node) dropped() []string {
+	n.t.Helper()
+	entries, err := os.ReadDir(filepath.Join(n.state, uppersDir, droppedDir))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	var out []string
+	for _, e := range entries {
+		out = append(out, e.Name())
+	}
+	return out
 }
 
 func write(t *testing.T, path, content string) {
@@ -238,6 +266,53 @@ func TestEachRunWritesForItself(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.empty()
+}
+
+// The mount tables tell every user of the host where the folders are, and a
+// view's files and folders may be anybody's to write.
+func TestOtherUsersOfTheHostReachNoView(t *testing.T) {
+	n := newNode(t)
+	mnt := filepath.Join(t.TempDir(), "mnt")
+	above := filepath.Dir(n.root)
+	dirs := []string{filepath.Dir(above), above, n.root}
+	for _, name := range []string{"mnt", "views", "uppers"} { // as an earlier Larder made them
+		dirs = append(dirs, filepath.Join(n.state, name))
+	}
+	for _, dir := range dirs {
+		if err := os.Chmod(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	reach := func() {
+		t.Helper()
+		n.create("v", "model=m", "scope=volume")
+		dir := n.mount("v", "a")
+		mr, _, err := n.readMount("v", "a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, dir := range []string{dir, filepath.Join(n.state, viewsDir, n.viewsName(), mr.View), filepath.Join(mr.Upper, "upper")} {
+			cmd := exec.Command("sh", "-c", `echo evil >"$1/new.py"`, "sh", dir)
+			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+			if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "Permission denied") {
+				t.Errorf("user 65534 in %s: %v, %s; want that it is denied", dir, err, out)
+			}
+		}
+		n.unmount("v", "a")
+		if err := n.Remove(t.Context(), "v"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.reopen("")
+	reach()
+	if err := os.MkdirAll(mnt, 0o755); err != nil { // with other things in it
+		t.Fatal(err)
+	}
+	var err error
+	if n.Manager, err = Open(t.Context(), Config{Store: n.store, State: n.state, Mounts: mnt, Node: "test"}); err != nil {
+		t.Fatal(err)
+	}
+	reach()
 }
 
 func TestVolumeScopeKeepsWritesAndVersion(t *testing.T) {
@@ -336,6 +411,33 @@ func TestWritesAreNotDeletedWhileAContainerShowsThem(t *testing.T) {
 	n.empty()
 }
 
+// Between the engine's Mount and the container's start no mount table shows a
+// user of the volume.
+func TestVolumeOfAContainerThatStartsIsNotRemoved(t *testing.T) {
+	n := newNode(t)
+	n.create("v", "model=m", "scope=volume")
+	write(t, n.mount("v", "a")+"/mine", "mine")
+	if err := n.Remove(t.Context(), "v"); !errors.Is(err, ErrInUse) || !strings.Contains(err.Error(), "try again") {
+		t.Errorf("got %v, want ErrInUse, and what to do", err)
+	}
+	if got := read(t, n.mount("v", "a")+"/mine"); got != "mine" {
+		t.Errorf("what was written is %q", got)
+	}
+	// The engine was killed and nobody will start it.
+	n.age("v", "a", callGrace+1)
+	if err := n.Remove(t.Context(), "v"); err != nil {
+		t.Error(err)
+	}
+	// It does not start, and the engine says so.
+	n.create("v", "model=m", "scope=volume")
+	n.mount("v", "b")
+	n.unmount("v", "b")
+	if err := n.Remove(t.Context(), "v"); err != nil {
+		t.Error(err)
+	}
+	n.empty()
+}
+
 func TestForgottenMountIsReaped(t *testing.T) {
 	n := newNode(t)
 	n.create("m")
@@ -350,25 +452,11 @@ func TestForgottenMountIsReaped(t *testing.T) {
 	reap(1)
 	stop() // and Unmount never comes
 	reap(1)
-	mr, ok, err := n.readMount("m", "a")
-	if err != nil || !ok {
-		t.Fatalf("%v %v", ok, err)
-	}
-	mr.Called -= endGrace + 1
-	if err := n.writeMount(mr); err != nil {
-		t.Fatal(err)
-	}
+	n.age("m", "a", endGrace+1)
 	reap(0)
 	// One that no container has shown yet may be about to start.
 	n.mount("m", "b")
-	mr, _, err = n.readMount("m", "b")
-	if err != nil {
-		t.Fatal(err)
-	}
-	mr.Called -= endGrace + 1
-	if err := n.writeMount(mr); err != nil {
-		t.Fatal(err)
-	}
+	n.age("m", "b", endGrace+1)
 	reap(1)
 	n.unmount("m", "b")
 }
@@ -670,6 +758,90 @@ func TestOrphanedWritesAreNotTakenForANewVolume(t *testing.T) {
 	}
 	if got := read(t, filepath.Join(n.volumeUpper("v"), "upper", "work")); got != "months of it" {
 		t.Errorf("what was written is gone: %q", got)
+	}
+}
+
+// sharesLock gives a name for a volume whose lock is that of another one.
+func sharesLock(with string) string {
+	for i := 0; ; i++ {
+		if name := fmt.Sprint("other", i); lockName(name) == lockName(with) {
+			return name
+		}
+	}
+}
+
+func TestDeletionHoldsNobodyUp(t *testing.T) {
+	n := newNode(t)
+	other := sharesLock("m")
+	n.create("m")
+	n.create(other, "model=m")
+	dir := n.mount("m", "a")
+	for i := range 20_000 {
+		write(t, fmt.Sprint(dir, "/", i), "")
+	}
+	done := make(chan error)
+	go func() { done <- n.Unmount(context.Background(), "m", "a") }()
+	for exists(n.runUpper("m", "a")) {
+		time.Sleep(time.Millisecond)
+	}
+	n.mount(other, "b")
+	n.mount("m", "a") // the same run once more
+	if len(n.dropped()) == 0 {
+		t.Error("a mount has waited until another volume's files were deleted")
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if left := n.dropped(); len(left) > 0 {
+		t.Errorf("unmount answers, and %v is left", left)
+	}
+	n.unmount("m", "a")
+	n.unmount(other, "b")
+}
+
+// What cannot be deleted now is in nobody's way, and is deleted later.
+func TestDeletionThatFailsIsFinishedLater(t *testing.T) {
+	n := newNode(t)
+	n.create("m")
+	dir := n.mount("m", "a")
+	write(t, dir+"/x", "x")
+	inside := filepath.Join(n.runUpper("m", "a"), "upper", "held")
+	if err := os.Mkdir(inside, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "mount", "-t", "tmpfs", "x", inside)
+	n.unmount("m", "a")
+	if err := n.Reap(t.Context()); err == nil {
+		t.Error("reap says nothing of what it cannot delete")
+	}
+	n.mount("m", "a")
+	n.unmount("m", "a")
+	for _, dir := range n.dropped() {
+		run(t, "umount", filepath.Join(n.state, uppersDir, droppedDir, dir, "upper", "held"))
+	}
+	if err := n.Reap(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := n.Remove(t.Context(), "m"); err != nil {
+		t.Error(err)
+	}
+	n.empty()
+}
+
+func TestWaitForALockThatIsHeldTellsWhatToDo(t *testing.T) {
+	n := newNode(t)
+	n.create("m")
+	unlock, err := n.lock(t.Context(), "m")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unlock()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	_, err = n.Mount(ctx, "m", "a")
+	var hinted interface{ Hint() string }
+	if !errors.Is(err, context.DeadlineExceeded) || !errors.As(err, &hinted) {
+		t.Errorf("%v, want that it took too long, and what to do", err)
 	}
 }
 

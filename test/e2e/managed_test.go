@@ -158,7 +158,8 @@ func TestManagedPluginAndHostHaveOneState(t *testing.T) {
 			volumes = append(volumes, v)
 		}
 		// No container shows them, but the plugin has them mounted: containers
-		// may be about to start. The plugin itself ends that.
+		// may be about to start. When they have had the time, the plugin itself
+		// ends that.
 		m.bySocket()
 		for _, v := range volumes {
 			_, err := m.call("VolumeDriver.Mount", map[string]string{"Name": v, "ID": strings.Repeat("ab", 32)})
@@ -167,7 +168,12 @@ func TestManagedPluginAndHostHaveOneState(t *testing.T) {
 		if got := m.ps(); len(got) != len(volumes) {
 			t.Errorf("larder ps lists %v, want %d mounts", got, len(volumes))
 		}
-		m.larder(append([]string{"volume", "rm"}, volumes...)...)
+		remove := append([]string{"volume", "rm"}, volumes...)
+		if out, err := m.larderErr(remove...); exitCode(err) != 4 {
+			t.Errorf("larder volume rm of what the engine has just mounted: %v, want exit code 4: %s", err, out)
+		}
+		m.age()
+		m.larder(remove...)
 		m.eventually("the plugin takes its mounts away", func() error {
 			if left := m.ps(); len(left) > 0 {
 				return fmt.Errorf("larder ps lists %v", left)

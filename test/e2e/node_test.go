@@ -425,9 +425,9 @@ func (n *node) nothingMounted() error {
 
 // noUppers tells whether nothing that containers wrote is left: neither of a
 // run (uppers/run/VOLUME/ID), nor of a volume (uppers/volume/VOLUME), nor what
-// is to be taken over (uppers/absorb/VOLUME).
+// is to be taken over (uppers/absorb/VOLUME) or deleted (uppers/dropped).
 func (n *node) noUppers() error {
-	for _, kind := range []string{"run", "volume", "absorb"} {
+	for _, kind := range []string{"run", "volume", "absorb", "dropped"} {
 		left, err := os.ReadDir(filepath.Join(n.root, "node", "uppers", kind))
 		if errors.Is(err, fs.ErrNotExist) && kind == "absorb" {
 			continue

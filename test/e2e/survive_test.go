@@ -165,10 +165,10 @@ func TestUnmountThatFailsIsFinishedLater(t *testing.T) {
 						return nil
 					})
 				} else {
-					stuck := filepath.Join(upperOf(views[0]), "mine")
-					runProgram(t, os.Environ(), "chattr", "+i", stuck)
-					clear = func() { runProgram(t, os.Environ(), "chattr", "-i", stuck) }
-					t.Cleanup(func() { _ = exec.Command("chattr", "-i", stuck).Run() })
+					runProgram(t, os.Environ(), "chattr", "+i", filepath.Join(upperOf(views[0]), "mine"))
+					uppers := filepath.Join(n.root, "node", "uppers") // in which it gets another name
+					clear = func() { runProgram(t, os.Environ(), "chattr", "-R", "-i", uppers) }
+					t.Cleanup(func() { _ = exec.Command("chattr", "-R", "-i", uppers).Run() })
 				}
 				n.docker("stop", c)
 				n.docker("rm", c)
