@@ -46,6 +46,9 @@ type Config struct {
 	BootID string // for tests; empty: the kernel's
 	Puller Puller // nil: the option pull is refused
 	Log    *slog.Logger
+	// OwnPIDNamespace: all containers that can show a mount run in this
+	// process's PID namespace, though it is not the host's.
+	OwnPIDNamespace bool
 }
 
 // Manager works on the volumes of one node. Its methods are safe for
@@ -114,8 +117,10 @@ func Open(ctx context.Context, c Config) (*Manager, error) {
 	if m.mnt, err = filepath.EvalSymlinks(m.mnt); err != nil {
 		return nil, fmt.Errorf("open state: %w", err)
 	}
-	if err := m.findBlindness(); err != nil {
-		return nil, fmt.Errorf("open state: %w", err)
+	if !c.OwnPIDNamespace {
+		if m.blind, err = inOwnPIDNamespace(); err != nil {
+			return nil, fmt.Errorf("open state: %w", err)
+		}
 	}
 	// Volumes have names, so this lock is nobody else's.
 	unlock, err := m.lock(ctx, "")
