@@ -287,7 +287,7 @@ func (r *round) turn(ctx context.Context) {
 // wake is when the next turn is due if nothing happens before.
 func (r *round) wake() time.Time {
 	next := r.nextMeasure
-	if r.running == "" && r.nextRun.Before(next) {
+	if r.running == "" && !r.looking && r.nextRun.Before(next) {
 		next = r.nextRun
 	}
 	if !r.looking && (r.running == "" || r.emptying) && r.nextLook.Before(next) {

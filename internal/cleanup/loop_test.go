@@ -406,6 +406,31 @@ func TestAnotherPolicyCountsFromNowOn(t *testing.T) {
 	})
 }
 
+// A look may take long: a source hangs, or another process holds the store's
+// lock. The loop rests meanwhile, and does not turn for a run that is due.
+func TestTheLoopRestsWhileARunWaitsForALook(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	due, measure := now.Add(-time.Minute), now.Add(time.Second)
+	for name, tc := range map[string]struct {
+		round round
+		want  time.Time
+	}{
+		"a run is due":                        {round{nextRun: due, nextLook: measure}, due},
+		"a run is due while a look goes on":   {round{nextRun: due, nextLook: due, looking: true}, measure},
+		"a run is due while another goes on":  {round{nextRun: due, nextLook: due, running: Schedule}, measure},
+		"a look is due":                       {round{nextRun: measure, nextLook: due}, due},
+		"a look is due while a run goes on":   {round{nextRun: measure, nextLook: due, running: Schedule}, measure},
+		"a look is due while the trash goes":  {round{nextRun: measure, nextLook: due, running: Schedule, emptying: true}, due},
+		"a look is due while another goes on": {round{nextRun: measure, nextLook: due, looking: true}, measure},
+	} {
+		tc.round.nextMeasure = measure
+		if got := tc.round.wake(); !got.Equal(tc.want) {
+			t.Errorf("%s: the next turn is in %s, want in %s", name, got.Sub(now), tc.want.Sub(now))
+		}
+	}
+}
+
 func TestChangesAreLookedAtSoonAndTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t, nil)
