@@ -122,6 +122,14 @@ func TestReadinessNamesWhatIsWrong(t *testing.T) {
 	if status, checks := ready(); status != 503 || checks["policy"].OK || !strings.Contains(checks["policy"].Detail, "the policy from before is in force") || !strings.Contains(checks["policy"].Detail, "has no models") {
 		t.Errorf("a policy that is refused: %d %v", status, checks)
 	}
+	b.write("policy.yaml", "version: 1\npressure: {minFree: 500PiB}\n")
+	b.node.policy.reload(false)
+	if status, checks := ready(); status != 503 || checks["policy"].OK || !strings.Contains(checks["policy"].Detail, "500PiB is more than the 90% that can be kept free") {
+		t.Errorf("a limit beyond the disk: %d %v", status, checks)
+	}
+	if _, text := b.get("/metrics"); !strings.Contains(text, "larder_policy_valid 0") {
+		t.Error("a limit beyond the disk is not in the metrics")
+	}
 	b.write("policy.yaml", keepAll)
 	b.node.policy.reload(false)
 

@@ -131,6 +131,12 @@ func (a *app) prune(ctx context.Context, o cleanup.Options) error {
 	if err != nil {
 		return err
 	}
+	if beyond := run.Report.Plan.Beyond; beyond != "" {
+		if o.UntilFree != (retention.Amount{}) {
+			return &usageError{err: fmt.Errorf("--until-free: %s", beyond), hint: "larder df says how large the file system is and what is free"}
+		}
+		a.warn("%s", beyond)
+	}
 	if !o.DryRun {
 		err = run.Do(ctx)
 	}

@@ -305,7 +305,13 @@ func (r *round) measure(now time.Time) {
 		return
 	}
 	before, since := r.space.Free, now.Sub(r.measured).Seconds()
-	r.space = spaceFor(r.l.current(), free, capacity)
+	policy := r.l.current()
+	r.space = spaceFor(policy, free, capacity)
+	if policy != nil {
+		if beyond := policy.Beyond(capacity); beyond != "" {
+			r.l.complain("limit", "the policy's limit does not count", errors.New(beyond))
+		}
+	}
 	if !r.measured.IsZero() && since > 0 {
 		r.rate = max(float64(before-free)/since, r.rate/2)
 	}

@@ -346,6 +346,22 @@ func TestAShortageIsMetWhenSomethingIsSetFree(t *testing.T) {
 	})
 }
 
+func TestALimitBeyondTheDiskIsNoShortage(t *testing.T) {
+	policy := parse(t, "pressure: {minFree: 2TiB}\ninterval: 1h\n")
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, policy)
+		var log bytes.Buffer
+		b.log = slog.New(slog.NewTextHandler(&log, nil))
+		b.run(t, func() { time.Sleep(30 * time.Minute) })
+		if at := b.ranAt(); len(at) != 1 || b.Status().Space.Limit != 0 {
+			t.Errorf("runs at %v, limit %d; want the one by schedule", at, b.Status().Space.Limit)
+		}
+		if n := strings.Count(log.String(), "2TiB is more than the 90%"); n < 1 || n > 4 {
+			t.Errorf("it is said %d times in half an hour", n)
+		}
+	})
+}
+
 func TestASlowEmptyingMakesWayForAShortage(t *testing.T) {
 	policy := parse(t, hourly)
 	synctest.Test(t, func(t *testing.T) {
