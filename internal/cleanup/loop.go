@@ -238,6 +238,7 @@ type round struct {
 
 	running  Cause // empty: no run is under way
 	emptying bool  // it only gives space back, slowly perhaps
+	outdated bool  // there is another policy since it began
 	stopRun  context.CancelFunc
 	ended    chan Finished
 	emptied  chan struct{} // receives when a run has got so far
@@ -339,8 +340,13 @@ func (r *round) soon() {
 	}
 }
 
-// reload follows a change of the policy.
+// reload follows a change of the policy. A run by the one before is stopped; the
+// next, by the new one, goes on from where it was.
 func (r *round) reload() {
+	if r.running != "" {
+		r.stopRun()
+		r.outdated = true
+	}
 	r.tried = nil
 	r.nextMeasure = time.Now()
 	r.schedule(time.Now().Add(r.l.c.Grace))
@@ -382,7 +388,7 @@ func (r *round) seen(res lookResult) {
 }
 
 func (r *round) start(ctx context.Context, cause Cause, policy *retention.Policy) {
-	r.running, r.emptying = cause, false
+	r.running, r.emptying, r.outdated = cause, false, false
 	var run context.Context
 	run, r.stopRun = context.WithCancel(ctx)
 	emptied := make(chan struct{}, 1)
@@ -415,9 +421,11 @@ func (r *round) finish(f Finished) {
 	r.stopRun()
 	r.running, r.emptying, r.emptied = "", false, nil
 	r.l.finished(f)
-	r.schedule(r.afterwards(now))
+	if !r.outdated { // else the next is near: see reload
+		r.schedule(r.afterwards(now))
+	}
 	r.measure(now)
-	if f.Cause == Pressure && r.space.Short() {
+	if f.Cause == Pressure && r.space.Short() && !r.outdated {
 		r.tried = r.tried.next(now, r.space)
 	}
 	r.nextLook = now // what is left

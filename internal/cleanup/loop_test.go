@@ -422,6 +422,30 @@ func TestAnotherPolicyCountsFromNowOn(t *testing.T) {
 	})
 }
 
+// What the new policy would not do, the old one does not go on with.
+func TestAnotherPolicyStopsARunByTheOldOne(t *testing.T) {
+	policy := parse(t, hourly)
+	for name, next := range map[string]*retention.Policy{"none": nil, "another": retention.None()} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBench(t, policy)
+				b.empties = 5 * time.Hour
+				b.run(t, func() {
+					time.Sleep(2 * time.Minute)
+					b.SetPolicy(next)
+					time.Sleep(5 * time.Minute)
+					if r := b.all(); len(r) != 1 || r[0].policy != policy || r[0].ended != 2*time.Minute || !errors.Is(r[0].err, context.Canceled) {
+						t.Errorf("the policy was changed after 2m0s: %+v", r)
+					}
+					if s := b.Status(); s.Running != Schedule || s.Totals.Runs[Interrupted] != 1 {
+						t.Errorf("a run by the new policy is to be under way: %q; counted %v", s.Running, s.Totals.Runs)
+					}
+				})
+			})
+		})
+	}
+}
+
 // A look may take long: a source hangs, or another process holds the store's
 // lock. The loop rests meanwhile, and does not turn for a run that is due.
 func TestTheLoopRestsWhileARunWaitsForALook(t *testing.T) {
