@@ -165,6 +165,9 @@ func TestAPolicyThatCouldNotBeReadForAMomentIsValidAgain(t *testing.T) {
 	if f.reload(false); f.state().err != nil {
 		t.Errorf("the file is the one from before, and still: %v", f.state().err)
 	}
+	if f.reload(false) {
+		t.Error("the same policy is put in force again")
+	}
 }
 
 func TestAHangupReadsThePolicyAgain(t *testing.T) {
