@@ -441,7 +441,7 @@ func (r *round) afterwards(now time.Time) time.Time {
 	}
 	jitter := 0.9 + 0.2*rand.Float64()
 	next := now.Add(time.Duration(float64(p.Interval) * jitter))
-	if open, opens := p.Open(now); !open && !opens.IsZero() && opens.Before(next) {
+	if _, opens := p.Open(now); !opens.IsZero() && opens.Before(next) {
 		next = opens.Add(time.Second)
 	}
 	return next

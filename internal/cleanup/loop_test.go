@@ -207,6 +207,29 @@ interval: 12h
 	})
 }
 
+// The interval does not matter where it is longer, nor that a run ends while a
+// window is open.
+func TestRunsWheneverAWindowOpens(t *testing.T) {
+	policy := parse(t, `
+rules: [{models: ["*"], unusedFor: 7d}]
+windows: [{start: "0 2 * * *", duration: 4h}, {start: "0 5 * * *", duration: 4h}]
+interval: 7d
+`)
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, policy)
+		b.run(t, func() { time.Sleep(3 * 24 * time.Hour) })
+		want := []time.Duration{time.Minute}
+		for day := range 3 {
+			for _, hour := range []int{2, 5} {
+				want = append(want, time.Duration(24*day+hour)*time.Hour+time.Second)
+			}
+		}
+		if d := cmp.Diff(want, b.ranAt()); d != "" {
+			t.Errorf("runs (-want +got):\n%s", d)
+		}
+	})
+}
+
 func TestFreeSpaceIsMeasuredInTimeAndNotAllTheTime(t *testing.T) {
 	policy := parse(t, hourly)
 	synctest.Test(t, func(t *testing.T) {
