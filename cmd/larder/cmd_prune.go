@@ -67,6 +67,8 @@ func (a *app) cmdPrune() *cobra.Command {
 pulls left, and empty the trash of what has lain there for long enough. Windows
 of the policy are for larder-sidecar; who calls this does not wait for them.
 
+With --until-free nothing goes, not from the trash either, where so much is free.
+
 What is in use, pinned, protected or needed to roll back stays, always. If it is
 not known whether something is in use, nothing is removed. larder undo brings a
 removal back as long as it is in the trash.

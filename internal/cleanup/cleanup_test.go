@@ -417,6 +417,24 @@ func TestWithoutAPolicyNothingGoes(t *testing.T) {
 	}
 }
 
+func TestRoomThatIsThereAlreadyTakesNothing(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.publish("m:1")
+	n.publish("m:2")
+	n.remove("m:1")
+	n.partial("broken")
+	n.pass(8 * day)
+	for _, policy := range []*retention.Policy{nil, parse(t, weekly)} {
+		for _, dry := range []bool{true, false} {
+			r := n.once(Options{Policy: policy, UntilFree: retention.Amount{Bytes: 1}, DryRun: dry})
+			if n.trash() != 1 || !n.has("m:2") || !n.partialThere("broken") || len(r.Condemned) > 0 || r.Leftovers.Bytes > 0 {
+				t.Errorf("a byte is free, and with policy %v there went %+v", policy, r)
+			}
+		}
+	}
+}
+
 // Windows are of the wall clock: ages may lag behind it.
 func TestWindowsOpenByTheWallClock(t *testing.T) {
 	t.Parallel()
