@@ -106,7 +106,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	puller := newPuller(ctx, st, cfg, log)
 	volumes, err := volume.Open(ctx, volume.Config{
 		Store: st, State: cfg.State, Mounts: os.Getenv("LARDER_MOUNTS"), Node: cfg.Node,
-		Puller: puller, LoopOnly: cfg.LoopOnly, Log: log,
+		Puller: puller, Log: log, LoopOnly: cfg.LoopOnly, OwnPIDNamespace: cfg.OwnPIDNamespace,
 	})
 	if err != nil {
 		return err

@@ -21,7 +21,7 @@ const staleAfter = 20 * time.Minute
 // ready tells whether clean-up works, condition by condition.
 func (n *node) ready(now time.Time) (all []check, ok bool) {
 	s := n.loop.Status()
-	all = []check{checkStore(s, now), checkSources(s), n.checkPolicy(), checkRun(s), n.checkClock()}
+	all = []check{checkStore(s, now), checkSources(s), n.checkPolicy(s), checkRun(s), n.checkClock()}
 	ok = true
 	for _, c := range all {
 		ok = ok && c.OK
@@ -64,7 +64,7 @@ func checkSources(s cleanup.Status) check {
 	return c
 }
 
-func (n *node) checkPolicy() check {
+func (n *node) checkPolicy(s cleanup.Status) check {
 	p := n.policy.state()
 	c := check{Name: "policy", OK: p.err == nil}
 	switch {
@@ -74,6 +74,9 @@ func (n *node) checkPolicy() check {
 		c.Detail = "there is none in force, so nothing is removed: " + p.err.Error()
 	case p.policy == nil:
 		c.Detail = "there is none, so nothing is removed"
+	case !s.Measured.IsZero():
+		c.Detail = p.policy.Beyond(s.Space.Capacity)
+		c.OK = c.Detail == ""
 	}
 	return c
 }

@@ -135,7 +135,7 @@ func serve(ctx context.Context, cfg config.Config, grace time.Duration, log *slo
 	}
 	volumes, err := volume.Open(ctx, volume.Config{
 		Store: st, State: cfg.State, Mounts: os.Getenv("LARDER_MOUNTS"), Node: cfg.Node,
-		Log: log,
+		Log: log, OwnPIDNamespace: cfg.OwnPIDNamespace,
 	})
 	if err != nil {
 		return err

@@ -69,8 +69,8 @@ var (
 	descStoreBytes = desc("store_bytes", "Space on the disk that the store takes, in bytes: blobs of models, downloads under way or cut short (ingest), and what was removed and can be brought back (trash).", "kind")
 	descFree       = desc("store_free_bytes", "Free space on the store's file system, in bytes.")
 	descCapacity   = desc("store_capacity_bytes", "Size of the store's file system, in bytes.")
-	descLimit      = desc("free_limit_bytes", "Free space below which versions are removed, in bytes; 0 where the policy has no such limit.")
-	descTarget     = desc("free_target_bytes", "Free space up to which versions are removed once it is below the limit, in bytes; 0 where the policy has no such limit.")
+	descLimit      = desc("free_limit_bytes", "Free space below which versions are removed, in bytes; 0 where the policy has no such limit, or none that the file system can have.")
+	descTarget     = desc("free_target_bytes", "Free space up to which versions are removed once it is below the limit, in bytes; 0 where the policy has no such limit, or none that the file system can have.")
 	descPressure   = desc("pressure", "1 while free space is below the limit, else 0.")
 	descShort      = desc("pressure_target_unreachable", "1 while all was removed that may be and free space is still below its target, else 0.")
 
@@ -115,7 +115,7 @@ var (
 	descInterval = desc("cleanup_interval_seconds", "How often the policy has clean-ups run, in seconds.")
 	descLooked   = desc("last_look_timestamp_seconds", "When the store was last looked at with success, in seconds since 1970; most metrics here are from then.")
 
-	descPolicyValid = desc("policy_valid", "1 if the policy file is in force, or there is none; 0 if it was refused.")
+	descPolicyValid = desc("policy_valid", "1 if the policy file is in force, or there is none; 0 if it was refused, or wants more free space than the file system can have.")
 	descPolicy      = desc("policy_present", "1 if a policy is in force; 0 if there is none, so that nothing is removed.")
 	descBehind      = desc("clock_behind_seconds", "How far the clock by which ages are counted is behind the one on the wall, in seconds; it is so after a jump, and makes up for it little by little.")
 	descNode        = desc("node_alive", "1 if a process of the node runs, 0 if none does; what such a node used is kept.", "node")
@@ -137,7 +137,7 @@ func (c *nodeCollector) Collect(ch chan<- prometheus.Metric) {
 	e.totals(s.Totals, c.n.sources)
 	e.gauge(descBehind, c.n.clock.Behind().Seconds())
 	p := c.n.policy.state()
-	e.gauge(descPolicyValid, number(p.err == nil))
+	e.gauge(descPolicyValid, number(c.n.checkPolicy(s).OK))
 	e.gauge(descPolicy, number(p.policy != nil))
 	if p.policy != nil {
 		e.gauge(descTrashHold, p.policy.TrashHold.Seconds())

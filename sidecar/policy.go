@@ -25,9 +25,10 @@ type policyFile struct {
 	named bool // by somebody, so that it should be there
 	log   *slog.Logger
 
-	mu   sync.Mutex
-	read []byte // of the file when it was last read; nil: it was not there
-	now  policyState
+	mu      sync.Mutex
+	read    []byte // of the file when it was last read; nil: it was not there
+	refused error  // why that is no policy; nil: it is one
+	now     policyState
 }
 
 // policyState is the policy in force.
@@ -68,6 +69,7 @@ func (f *policyFile) reload(force bool) (changed bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if err == nil && !force && f.read != nil && bytes.Equal(data, f.read) {
+		f.now.err = f.refused // and no more that it could not be read
 		return false
 	}
 	switch {
@@ -86,7 +88,8 @@ func (f *policyFile) reload(force bool) (changed bool) {
 	case err == nil:
 		f.read = append([]byte{}, data...)
 		var p *retention.Policy
-		if p, err = retention.Parse(f.path, data); err == nil {
+		p, err = retention.Parse(f.path, data)
+		if f.refused = err; err == nil {
 			f.now = policyState{policy: p, since: time.Now()}
 			f.log.Info("policy in force", "file", f.path, "profile", p.Profile, "rules", len(p.Rules))
 			for _, w := range p.Warnings() {

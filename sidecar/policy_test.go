@@ -139,6 +139,37 @@ func TestAConfigMapThatChangesIsInForceAtOnce(t *testing.T) {
 	w.until("the second", w.days(20))
 }
 
+func TestAPolicyThatCouldNotBeReadForAMomentIsValidAgain(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "policy.yaml")
+	put(t, path, days("3"))
+	f := newPolicyFile(path, false, slog.New(slog.DiscardHandler))
+	// A folder in its place cannot be read, as a disk that fails.
+	for _, step := range []func() error{
+		func() error { return os.Rename(path, path+".aside") },
+		func() error { return os.Mkdir(path, 0o755) },
+	} {
+		if err := step(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if changed := f.reload(false); changed || f.state().err == nil || f.state().policy == nil {
+		t.Errorf("a file that cannot be read: %+v", f.state())
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+".aside", path); err != nil {
+		t.Fatal(err)
+	}
+	if f.reload(false); f.state().err != nil {
+		t.Errorf("the file is the one from before, and still: %v", f.state().err)
+	}
+	if f.reload(false) {
+		t.Error("the same policy is put in force again")
+	}
+}
+
 func TestAHangupReadsThePolicyAgain(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "policy.yaml")
 	put(t, path, days("30"))

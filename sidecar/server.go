@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/net/netutil"
 )
 
 // server answers over HTTP. It only shows.
@@ -27,12 +28,21 @@ func newServer(n *node, m *metrics, hosts map[string]bool, log *slog.Logger) (*s
 	return &server{http.Server{
 		Handler:           guard(mux, hosts),
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		ReadHeaderTimeout: 10 * time.Second,
-		ReadTimeout:       20 * time.Second,
-		WriteTimeout:      time.Minute,
-		IdleTimeout:       2 * time.Minute,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      30 * time.Second,
+		IdleTimeout:       5 * time.Second,
 		MaxHeaderBytes:    32 << 10,
 	}}, nil
+}
+
+// maxConnections are open at once. More wait: they would use up the file
+// descriptors that looking and cleaning up need.
+const maxConnections = 64
+
+// Serve answers until the server is stopped.
+func (s *server) Serve(l net.Listener) error {
+	return s.Server.Serve(netutil.LimitListener(l, maxConnections))
 }
 
 // stop lets answers that are under way be finished, for a moment.

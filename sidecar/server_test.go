@@ -4,11 +4,13 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -122,6 +124,14 @@ func TestReadinessNamesWhatIsWrong(t *testing.T) {
 	if status, checks := ready(); status != 503 || checks["policy"].OK || !strings.Contains(checks["policy"].Detail, "the policy from before is in force") || !strings.Contains(checks["policy"].Detail, "has no models") {
 		t.Errorf("a policy that is refused: %d %v", status, checks)
 	}
+	b.write("policy.yaml", "version: 1\npressure: {minFree: 500PiB}\n")
+	b.node.policy.reload(false)
+	if status, checks := ready(); status != 503 || checks["policy"].OK || !strings.Contains(checks["policy"].Detail, "500PiB is more than the 90% that can be kept free") {
+		t.Errorf("a limit beyond the disk: %d %v", status, checks)
+	}
+	if _, text := b.get("/metrics"); !strings.Contains(text, "larder_policy_valid 0") {
+		t.Error("a limit beyond the disk is not in the metrics")
+	}
 	b.write("policy.yaml", keepAll)
 	b.node.policy.reload(false)
 
@@ -153,6 +163,53 @@ func TestReadinessNamesWhatIsWrong(t *testing.T) {
 	}
 	if res, body := b.get("/healthz"); res.StatusCode != 200 || body != "ok\n" {
 		t.Errorf("health is %d %q", res.StatusCode, body)
+	}
+}
+
+// Any process of the host may connect. One that keeps connections open takes
+// neither the files that a clean-up needs to open, nor the answers of others for
+// long.
+func TestIdleConnectionsAreFewAndNotForLong(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, keepAll)
+	server, err := newServer(b.node, newMetrics(), nil, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server.ReadHeaderTimeout = 2 * time.Second
+	var accepted atomic.Int64
+	server.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			accepted.Add(1)
+		}
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(l) }()
+	for range 2 * maxConnections {
+		c, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	time.Sleep(200 * time.Millisecond)
+	if n := accepted.Load(); n != maxConnections {
+		t.Errorf("%d connections are open at once, want %d", n, maxConnections)
+	}
+	client := http.Client{Timeout: 20 * time.Second}
+	res, err := client.Get("http://" + l.Addr().String() + "/healthz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	res.Body.Close()
+	client.CloseIdleConnections()
+	server.stop()
+	if err := <-served; !errors.Is(err, http.ErrServerClosed) {
+		t.Error(err)
 	}
 }
 

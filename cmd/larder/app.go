@@ -155,7 +155,7 @@ func (a *app) volumes(ctx context.Context) (*volume.Manager, error) {
 		if err != nil {
 			return nil, err
 		}
-		m, err := volume.Open(ctx, volume.Config{Store: st, State: a.cfg.State, Node: a.cfg.Node, LoopOnly: a.cfg.LoopOnly})
+		m, err := volume.Open(ctx, volume.Config{Store: st, State: a.cfg.State, Node: a.cfg.Node, LoopOnly: a.cfg.LoopOnly, OwnPIDNamespace: a.cfg.OwnPIDNamespace})
 		if err != nil {
 			return nil, err
 		}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/larder-project/larder/internal/disk"
 	"github.com/larder-project/larder/internal/retention"
 )
 
@@ -188,6 +189,15 @@ func (a *app) showProfile(name string) error {
 // explainPolicy prints a policy under a headline, or all of it as JSON.
 func (a *app) explainPolicy(info policyInfo, p *retention.Policy, headline string) error {
 	info.Warnings = append([]string{}, p.Warnings()...)
+	c, err := a.config()
+	if err != nil {
+		return err
+	}
+	if _, capacity, err := disk.Free(c.Store); err == nil { // else there is no store yet
+		if beyond := p.Beyond(capacity); beyond != "" {
+			info.Warnings = append(info.Warnings, beyond)
+		}
+	}
 	if a.json {
 		info.Policy = describePolicy(p)
 		return printJSON(a.out, info)
@@ -205,7 +215,7 @@ func (a *app) explainPolicy(info policyInfo, p *retention.Policy, headline strin
 		}
 		fmt.Fprintf(&b, "%s %s\n", a.paint(yellow, "warning:"), printable(w))
 	}
-	_, err := fmt.Fprint(a.out, b.String())
+	_, err = fmt.Fprint(a.out, b.String())
 	return err
 }
 

@@ -67,6 +67,8 @@ func (a *app) cmdPrune() *cobra.Command {
 pulls left, and empty the trash of what has lain there for long enough. Windows
 of the policy are for larder-sidecar; who calls this does not wait for them.
 
+With --until-free nothing goes, not from the trash either, where so much is free.
+
 What is in use, pinned, protected or needed to roll back stays, always. If it is
 not known whether something is in use, nothing is removed. larder undo brings a
 removal back as long as it is in the trash.
@@ -130,6 +132,12 @@ func (a *app) prune(ctx context.Context, o cleanup.Options) error {
 	run, err := cleaner.Prepare(ctx, o)
 	if err != nil {
 		return err
+	}
+	if beyond := run.Report.Plan.Beyond; beyond != "" {
+		if o.UntilFree != (retention.Amount{}) {
+			return &usageError{err: fmt.Errorf("--until-free: %s", beyond), hint: "larder df says how large the file system is and what is free"}
+		}
+		a.warn("%s", beyond)
 	}
 	if !o.DryRun {
 		err = run.Do(ctx)

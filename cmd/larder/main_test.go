@@ -62,6 +62,7 @@ func scripts(t *testing.T, dir string) {
 			e.Setenv("DOCKER_HOST", "unix://"+filepath.Join(e.WorkDir, "docker.sock"))
 			e.Setenv("LARDER_CONTAINERD_ADDRESS", filepath.Join(e.WorkDir, "containerd.sock"))
 			e.Setenv("LARDER_CSI_KUBELET", filepath.Join(e.WorkDir, "kubelet"))
+			e.Setenv("LARDER_USAGE_PID_NAMESPACE", "own")
 			e.Setenv("HF_ENDPOINT", "http://127.0.0.1:1")
 			// Some scripts run commands as another user.
 			for _, dir := range []string{filepath.Dir(e.WorkDir), e.WorkDir} {

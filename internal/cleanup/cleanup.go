@@ -60,7 +60,8 @@ type Options struct {
 	// Models are patterns that the run is restricted to; none: all models.
 	Models []string
 	// UntilFree, where it is not zero, makes room until so much is free, and
-	// takes nothing by the policy's rules themselves.
+	// takes nothing by the policy's rules themselves. Where so much is free,
+	// nothing goes at all, not from the trash either.
 	UntilFree retention.Amount
 	// AnyTime: a person asks, and does not wait for a window of the policy.
 	AnyTime bool
@@ -165,6 +166,10 @@ func (c *Cleaner) Prepare(ctx context.Context, o Options) (*Run, error) {
 		o.Wall = c.wall()
 	}
 	r.Report.Plan = Plan(inv, o)
+	if r.policy.Asked && r.Report.Plan.Pressure == nil {
+		r.policy = nil // there is room enough, and nothing else was asked for
+		return r, nil
+	}
 	// A file that was made while the wall clock was behind looks older than it
 	// is by that much.
 	r.hold = r.policy.UnfinishedHold + max(0, inv.Time.Sub(c.wall()))

@@ -197,6 +197,9 @@ func parse(t *testing.T, text string) *retention.Policy {
 
 const day = 24 * time.Hour
 
+// nearlyAll is more than is free where tests run.
+var nearlyAll = retention.Amount{Percent: 99}
+
 // weekly keeps one version of each model, and what was used this week.
 const weekly = `
 rules: [{models: ["*"], unusedFor: 7d, rollback: 0, minAge: 0s}]
@@ -282,8 +285,7 @@ func TestWhereSpaceIsShortEverythingInTheTrashGoesAtOnce(t *testing.T) {
 	n.source.set(nil, keep)
 	n.publish("m:3")
 	n.pass(time.Minute)
-	// No file system has so much free.
-	r := n.once(Options{Policy: parse(t, weekly+"pressure: {minFree: 4000TiB}\nlimits: {bytesPerSecond: 1MiB}\n")})
+	r := n.once(Options{Policy: parse(t, weekly+"limits: {bytesPerSecond: 1MiB}\n"), UntilFree: nearlyAll})
 	if n.trash() != 0 || r.Freed < 2<<20 {
 		t.Errorf("in the trash are still %d removals, freed %d bytes", n.trash(), r.Freed)
 	}
@@ -298,15 +300,16 @@ func TestWhereSpaceIsShortEverythingInTheTrashGoesAtOnce(t *testing.T) {
 func TestASourceThatFailsKeepsEverythingButTheOldTrash(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
-	policy := parse(t, weekly+"pressure: {minFree: 4000TiB}\n")
+	weeks := Options{Policy: parse(t, weekly)}
+	short := Options{Policy: weeks.Policy, UntilFree: nearlyAll}
 	n.publish("m:1")
 	n.pass(8 * day)
-	n.once(Options{Policy: parse(t, weekly)})
+	n.once(weeks)
 	n.publish("m:2")
 	n.partial("broken")
 	n.pass(8 * day)
 	n.source.set(errors.New("no answer"))
-	r, err := n.cleaner.Once(t.Context(), Options{Policy: policy})
+	r, err := n.cleaner.Once(t.Context(), short)
 	var failed *usage.Error
 	if !errors.As(err, &failed) || failed.Source != "engine" {
 		t.Errorf("error %v, want one that names the source", err)
@@ -321,7 +324,7 @@ func TestASourceThatFailsKeepsEverythingButTheOldTrash(t *testing.T) {
 		t.Error("the trash was not emptied")
 	}
 	n.source.set(nil)
-	n.once(Options{Policy: policy})
+	n.once(short)
 	if n.has("m:2") || n.partialThere("broken") {
 		t.Error("when the source answers again, nothing is removed")
 	}
@@ -405,16 +408,30 @@ func TestWithoutAPolicyNothingGoes(t *testing.T) {
 	}
 	// Unless a person asks for room.
 	n.source.set(nil)
-	amount, err := retention.ParseAmount("4000TiB")
-	if err != nil {
-		t.Fatal(err)
-	}
-	n.once(Options{UntilFree: amount, Models: []string{"other"}})
+	n.once(Options{UntilFree: nearlyAll, Models: []string{"other"}})
 	if !n.has("lone:1") {
 		t.Error("a version went of a model that was not named")
 	}
-	if r := n.once(Options{UntilFree: amount, Models: []string{"lone"}}); n.has("lone:1") {
+	if r := n.once(Options{UntilFree: nearlyAll, Models: []string{"lone"}}); n.has("lone:1") {
 		t.Errorf("a person asked for room, and nothing went: %+v", r.Plan)
+	}
+}
+
+func TestRoomThatIsThereAlreadyTakesNothing(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.publish("m:1")
+	n.publish("m:2")
+	n.remove("m:1")
+	n.partial("broken")
+	n.pass(8 * day)
+	for _, policy := range []*retention.Policy{nil, parse(t, weekly)} {
+		for _, dry := range []bool{true, false} {
+			r := n.once(Options{Policy: policy, UntilFree: retention.Amount{Bytes: 1}, DryRun: dry})
+			if n.trash() != 1 || !n.has("m:2") || !n.partialThere("broken") || len(r.Condemned) > 0 || r.Leftovers.Bytes > 0 {
+				t.Errorf("a byte is free, and with policy %v there went %+v", policy, r)
+			}
+		}
 	}
 }
 

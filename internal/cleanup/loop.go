@@ -238,6 +238,7 @@ type round struct {
 
 	running  Cause // empty: no run is under way
 	emptying bool  // it only gives space back, slowly perhaps
+	outdated bool  // there is another policy since it began
 	stopRun  context.CancelFunc
 	ended    chan Finished
 	emptied  chan struct{} // receives when a run has got so far
@@ -287,7 +288,7 @@ func (r *round) turn(ctx context.Context) {
 // wake is when the next turn is due if nothing happens before.
 func (r *round) wake() time.Time {
 	next := r.nextMeasure
-	if r.running == "" && r.nextRun.Before(next) {
+	if r.running == "" && !r.looking && r.nextRun.Before(next) {
 		next = r.nextRun
 	}
 	if !r.looking && (r.running == "" || r.emptying) && r.nextLook.Before(next) {
@@ -305,7 +306,13 @@ func (r *round) measure(now time.Time) {
 		return
 	}
 	before, since := r.space.Free, now.Sub(r.measured).Seconds()
-	r.space = spaceFor(r.l.current(), free, capacity)
+	policy := r.l.current()
+	r.space = spaceFor(policy, free, capacity)
+	if policy != nil {
+		if beyond := policy.Beyond(capacity); beyond != "" {
+			r.l.complain("limit", "the policy's limit does not count", errors.New(beyond))
+		}
+	}
 	if !r.measured.IsZero() && since > 0 {
 		r.rate = max(float64(before-free)/since, r.rate/2)
 	}
@@ -333,8 +340,13 @@ func (r *round) soon() {
 	}
 }
 
-// reload follows a change of the policy.
+// reload follows a change of the policy. A run by the one before is stopped; the
+// next, by the new one, goes on from where it was.
 func (r *round) reload() {
+	if r.running != "" {
+		r.stopRun()
+		r.outdated = true
+	}
 	r.tried = nil
 	r.nextMeasure = time.Now()
 	r.schedule(time.Now().Add(r.l.c.Grace))
@@ -376,7 +388,7 @@ func (r *round) seen(res lookResult) {
 }
 
 func (r *round) start(ctx context.Context, cause Cause, policy *retention.Policy) {
-	r.running, r.emptying = cause, false
+	r.running, r.emptying, r.outdated = cause, false, false
 	var run context.Context
 	run, r.stopRun = context.WithCancel(ctx)
 	emptied := make(chan struct{}, 1)
@@ -409,9 +421,11 @@ func (r *round) finish(f Finished) {
 	r.stopRun()
 	r.running, r.emptying, r.emptied = "", false, nil
 	r.l.finished(f)
-	r.schedule(r.afterwards(now))
+	if !r.outdated { // else the next is near: see reload
+		r.schedule(r.afterwards(now))
+	}
 	r.measure(now)
-	if f.Cause == Pressure && r.space.Short() {
+	if f.Cause == Pressure && r.space.Short() && !r.outdated {
 		r.tried = r.tried.next(now, r.space)
 	}
 	r.nextLook = now // what is left
@@ -427,7 +441,7 @@ func (r *round) afterwards(now time.Time) time.Time {
 	}
 	jitter := 0.9 + 0.2*rand.Float64()
 	next := now.Add(time.Duration(float64(p.Interval) * jitter))
-	if open, opens := p.Open(now); !open && !opens.IsZero() && opens.Before(next) {
+	if _, opens := p.Open(now); !opens.IsZero() && opens.Before(next) {
 		next = opens.Add(time.Second)
 	}
 	return next

@@ -207,6 +207,29 @@ interval: 12h
 	})
 }
 
+// The interval does not matter where it is longer, nor that a run ends while a
+// window is open.
+func TestRunsWheneverAWindowOpens(t *testing.T) {
+	policy := parse(t, `
+rules: [{models: ["*"], unusedFor: 7d}]
+windows: [{start: "0 2 * * *", duration: 4h}, {start: "0 5 * * *", duration: 4h}]
+interval: 7d
+`)
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, policy)
+		b.run(t, func() { time.Sleep(3 * 24 * time.Hour) })
+		want := []time.Duration{time.Minute}
+		for day := range 3 {
+			for _, hour := range []int{2, 5} {
+				want = append(want, time.Duration(24*day+hour)*time.Hour+time.Second)
+			}
+		}
+		if d := cmp.Diff(want, b.ranAt()); d != "" {
+			t.Errorf("runs (-want +got):\n%s", d)
+		}
+	})
+}
+
 func TestFreeSpaceIsMeasuredInTimeAndNotAllTheTime(t *testing.T) {
 	policy := parse(t, hourly)
 	synctest.Test(t, func(t *testing.T) {
@@ -346,6 +369,22 @@ func TestAShortageIsMetWhenSomethingIsSetFree(t *testing.T) {
 	})
 }
 
+func TestALimitBeyondTheDiskIsNoShortage(t *testing.T) {
+	policy := parse(t, "pressure: {minFree: 2TiB}\ninterval: 1h\n")
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, policy)
+		var log bytes.Buffer
+		b.log = slog.New(slog.NewTextHandler(&log, nil))
+		b.run(t, func() { time.Sleep(30 * time.Minute) })
+		if at := b.ranAt(); len(at) != 1 || b.Status().Space.Limit != 0 {
+			t.Errorf("runs at %v, limit %d; want the one by schedule", at, b.Status().Space.Limit)
+		}
+		if n := strings.Count(log.String(), "2TiB is more than the 90%"); n < 1 || n > 4 {
+			t.Errorf("it is said %d times in half an hour", n)
+		}
+	})
+}
+
 func TestASlowEmptyingMakesWayForAShortage(t *testing.T) {
 	policy := parse(t, hourly)
 	synctest.Test(t, func(t *testing.T) {
@@ -404,6 +443,55 @@ func TestAnotherPolicyCountsFromNowOn(t *testing.T) {
 			}
 		})
 	})
+}
+
+// What the new policy would not do, the old one does not go on with.
+func TestAnotherPolicyStopsARunByTheOldOne(t *testing.T) {
+	policy := parse(t, hourly)
+	for name, next := range map[string]*retention.Policy{"none": nil, "another": retention.None()} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBench(t, policy)
+				b.empties = 5 * time.Hour
+				b.run(t, func() {
+					time.Sleep(2 * time.Minute)
+					b.SetPolicy(next)
+					time.Sleep(5 * time.Minute)
+					if r := b.all(); len(r) != 1 || r[0].policy != policy || r[0].ended != 2*time.Minute || !errors.Is(r[0].err, context.Canceled) {
+						t.Errorf("the policy was changed after 2m0s: %+v", r)
+					}
+					if s := b.Status(); s.Running != Schedule || s.Totals.Runs[Interrupted] != 1 {
+						t.Errorf("a run by the new policy is to be under way: %q; counted %v", s.Running, s.Totals.Runs)
+					}
+				})
+			})
+		})
+	}
+}
+
+// A look may take long: a source hangs, or another process holds the store's
+// lock. The loop rests meanwhile, and does not turn for a run that is due.
+func TestTheLoopRestsWhileARunWaitsForALook(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	due, measure := now.Add(-time.Minute), now.Add(time.Second)
+	for name, tc := range map[string]struct {
+		round round
+		want  time.Time
+	}{
+		"a run is due":                        {round{nextRun: due, nextLook: measure}, due},
+		"a run is due while a look goes on":   {round{nextRun: due, nextLook: due, looking: true}, measure},
+		"a run is due while another goes on":  {round{nextRun: due, nextLook: due, running: Schedule}, measure},
+		"a look is due":                       {round{nextRun: measure, nextLook: due}, due},
+		"a look is due while a run goes on":   {round{nextRun: measure, nextLook: due, running: Schedule}, measure},
+		"a look is due while the trash goes":  {round{nextRun: measure, nextLook: due, running: Schedule, emptying: true}, due},
+		"a look is due while another goes on": {round{nextRun: measure, nextLook: due, looking: true}, measure},
+	} {
+		tc.round.nextMeasure = measure
+		if got := tc.round.wake(); !got.Equal(tc.want) {
+			t.Errorf("%s: the next turn is in %s, want in %s", name, got.Sub(now), tc.want.Sub(now))
+		}
+	}
 }
 
 func TestChangesAreLookedAtSoonAndTogether(t *testing.T) {

@@ -29,7 +29,7 @@ func pace(margin int64, rate float64) time.Duration {
 // Space is what is free on the store's file system, and what should be.
 type Space struct {
 	Free, Capacity int64 // bytes
-	Limit, Target  int64 // bytes, of the policy; 0: it has none
+	Limit, Target  int64 // bytes, of the policy; 0: it has none that can be met
 }
 
 // Short tells whether there is less than the limit.
@@ -37,7 +37,7 @@ func (s Space) Short() bool { return s.Free < s.Limit }
 
 func spaceFor(p *retention.Policy, free, capacity int64) Space {
 	s := Space{Free: free, Capacity: capacity}
-	if p != nil && p.Pressure != nil {
+	if p != nil && p.Pressure != nil && p.Beyond(capacity) == "" {
 		s.Limit = p.Pressure.MinFree.Of(capacity)
 		s.Target = max(s.Limit, p.Pressure.Target.Of(capacity))
 	}

@@ -48,6 +48,9 @@ type Config struct {
 
 	// Who knows what is in use. Records and mount tables are always asked.
 	UsageDocker, UsageContainerd, UsageGPU, UsageCSI Mode
+	// All containers that may use this node's models run in the PID namespace
+	// of the program, though it is not the host's.
+	OwnPIDNamespace bool
 
 	DockerHost    string   // the engine's API
 	DockerDrivers []string // names of Larder's volume driver; none: volumes of any driver count
@@ -150,6 +153,9 @@ func Keys() []Key {
 		usageKey("containerd", func(c *Config, m Mode) { c.UsageContainerd = m }),
 		usageKey("gpu", func(c *Config, m Mode) { c.UsageGPU = m }),
 		usageKey("csi", func(c *Config, m Mode) { c.UsageCSI = m }),
+		{Name: "usage.pid-namespace", Env: []string{"LARDER_USAGE_PID_NAMESPACE"}, Default: "host",
+			Usage: "where all containers run that may use models: in the host's PID namespace, or in the program's own: host or own",
+			set:   setPIDNamespace},
 		{Name: "volumes.limit", Env: []string{"LARDER_VOLUMES_LIMIT"}, Default: "auto",
 			Usage: "what keeps the option size on disk: auto (a project quota where there is one), or loop (always a loop image, which containers cannot leave)",
 			set:   setLimit},
@@ -363,6 +369,14 @@ func setAllowRemote(c *Config, v string) (err error) {
 	if c.AllowRemote, err = strconv.ParseBool(v); err != nil {
 		return fmt.Errorf("%.100q is neither true nor false", v)
 	}
+	return nil
+}
+
+func setPIDNamespace(c *Config, v string) error {
+	if v != "host" && v != "own" {
+		return fmt.Errorf("%.100q is neither host nor own", v)
+	}
+	c.OwnPIDNamespace = v == "own"
 	return nil
 }
 

@@ -32,7 +32,7 @@ func load(t *testing.T, file string, env map[string]string, args ...string) (Con
 func TestFlagsBeatEnvironmentBeatsFileBeatsDefaults(t *testing.T) {
 	t.Parallel()
 	const file = "root: /file\nstate: /file/state\nnode: in-file\njobs: 3\nhub:\n  endpoint: http://file/\nusage:\n  docker: off\nsidecar:\n  listen: unix:///run/l.sock\n  allow-remote: false\n"
-	env := map[string]string{"LARDER_ROOT": "/env", "LARDER_STATE": "/env/state", "LARDER_SOCKET": "", "HF_ENDPOINT": "http://env", "LARDER_USAGE_CONTAINERD": "on", "LARDER_VOLUMES_LIMIT": "loop", "LARDER_SIDECAR_ALLOW_REMOTE": "1"}
+	env := map[string]string{"LARDER_ROOT": "/env", "LARDER_STATE": "/env/state", "LARDER_SOCKET": "", "HF_ENDPOINT": "http://env", "LARDER_USAGE_CONTAINERD": "on", "LARDER_VOLUMES_LIMIT": "loop", "LARDER_SIDECAR_ALLOW_REMOTE": "1", "LARDER_USAGE_PID_NAMESPACE": "own"}
 	c, err := load(t, file, env, "--root", "/flag")
 	if err != nil {
 		t.Fatal(err)
@@ -53,7 +53,7 @@ func TestFlagsBeatEnvironmentBeatsFileBeatsDefaults(t *testing.T) {
 		"root": "flag --root", "store": "default", "state": "LARDER_STATE", "socket": "default",
 		"node": in("3"), "jobs": in("4"), "hub.calls-per-minute": "default", "hub.endpoint": "HF_ENDPOINT", "hub.token-file": "default", "docker.host": "default",
 		"docker.drivers": "default", "containerd.address": "default", "gpu.helper": "default", "csi.kubelet": "default",
-		"usage.docker": in("8"), "usage.containerd": "LARDER_USAGE_CONTAINERD", "usage.gpu": "default", "usage.csi": "default",
+		"usage.docker": in("8"), "usage.containerd": "LARDER_USAGE_CONTAINERD", "usage.gpu": "default", "usage.csi": "default", "usage.pid-namespace": "LARDER_USAGE_PID_NAMESPACE",
 		"volumes.limit": "LARDER_VOLUMES_LIMIT", "policy": "default", "sidecar.listen": in("10"), "sidecar.allow-remote": "LARDER_SIDECAR_ALLOW_REMOTE",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
@@ -63,7 +63,7 @@ func TestFlagsBeatEnvironmentBeatsFileBeatsDefaults(t *testing.T) {
 	if diff := cmp.Diff(Config{
 		Root: "/flag", Store: "/flag/store", State: "/env/state", Socket: "/run/docker/plugins/larder.sock",
 		Node: "in-file", Jobs: 3, HubEndpoint: "http://env", DockerHost: "unix:///var/run/docker.sock",
-		UsageDocker: Off, UsageContainerd: On, UsageGPU: Auto, UsageCSI: Auto,
+		UsageDocker: Off, UsageContainerd: On, UsageGPU: Auto, UsageCSI: Auto, OwnPIDNamespace: true,
 		Containerd: []string{"/run/docker/containerd/containerd.sock", "/run/containerd/containerd.sock"}, Kubelet: "/var/lib/kubelet",
 		LoopOnly: true, Policy: "/etc/larder/policy.yaml", Listen: "unix:///run/l.sock", AllowRemote: true,
 	}, c, cmp.AllowUnexported(Config{})); diff != "" {

@@ -134,7 +134,7 @@ func (d *doctor) store() *store.Store {
 
 // state opens this node's state, and gives its volumes where it can.
 func (d *doctor) state(ctx context.Context, st *store.Store) *volume.Manager {
-	volumes, err := volume.Open(ctx, volume.Config{Store: st, State: d.c.State, Node: d.c.Node, LoopOnly: d.c.LoopOnly})
+	volumes, err := volume.Open(ctx, volume.Config{Store: st, State: d.c.State, Node: d.c.Node, LoopOnly: d.c.LoopOnly, OwnPIDNamespace: d.c.OwnPIDNamespace})
 	if err != nil {
 		advice := "name another folder with --state, or put this one right"
 		var hinted interface{ Hint() string }
@@ -166,7 +166,7 @@ func (d *doctor) state(ctx context.Context, st *store.Store) *volume.Manager {
 // mounts tells whether it is known what is mounted, and who uses it.
 func (d *doctor) mounts(ctx context.Context, vols *volume.Manager) {
 	if blind := vols.Blind(); blind != "" {
-		d.find("pid", Better, "run it in the host's PID namespace (docker run --pid=host, hostPID: true)", "%s; a mount that no engine has unmounted is never taken away", blind)
+		d.find("pid", Better, volume.BlindHint, "%s; nothing is removed from the store, and a mount that no engine has unmounted is never taken away", blind)
 	} else {
 		d.find("pid", Good, "", "the processes of all containers are seen")
 	}

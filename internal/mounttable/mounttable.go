@@ -68,14 +68,13 @@ func place(on *mountinfo.Info, path string) string {
 }
 
 // PlaceOf is the place of a folder of the caller's own namespace, whether
-// something is mounted on it or not. shared tells that what is mounted there
-// appears in other namespaces too. It reads the caller's mount table.
-func PlaceOf(dir string) (at string, shared bool, err error) {
+// something is mounted on it or not. It reads the caller's mount table.
+func PlaceOf(dir string) (string, error) {
 	on, path, err := mountOf(dir)
 	if err != nil {
-		return "", false, fmt.Errorf("find the mount that holds %s: %w", dir, err)
+		return "", fmt.Errorf("find the mount that holds %s: %w", dir, err)
 	}
-	return place(on, path), strings.Contains(" "+on.Optional, " shared:"), nil
+	return place(on, path), nil
 }
 
 // Of is the mount of the caller's own namespace that holds a folder.

@@ -156,11 +156,6 @@ func (p *Policy) Warnings() []string {
 			warn("pressure.target", "%s, more than half of the file system, is to be free; that can be had only where the models take less than the rest", w.Target)
 		}
 	}
-	for i, w := range p.Windows {
-		if w.Duration < p.Interval {
-			warn(fmt.Sprintf("windows[%d]", i), "it is open for %s, and the clean-up runs %s: it may never run while it is open", span(w.Duration), every(p.Interval))
-		}
-	}
 	if p.Pressure == nil && !slices.ContainsFunc(p.Rules, Rule.removes) {
 		out = append(out, "the policy removes nothing: no rule takes anything, and pressure is off")
 	}

@@ -408,6 +408,7 @@ func (r *reader) pressure(key string, n *yaml.Node) {
 const (
 	maxMinFree = 90
 	maxTarget  = 95
+	maxAsked   = 99 // by a person, for once
 )
 
 // reaches tells whether a is at least b, as far as that can be known without

@@ -324,7 +324,7 @@ func (p *planner) leastRecent(a, b int) int {
 
 // plan writes down what was decided.
 func (p *planner) plan(going []int, report *PressureReport) Plan {
-	out := Plan{Time: p.in.Now, Decisions: make([]Decision, 0, len(p.in.Versions)), Pressure: report}
+	out := Plan{Time: p.in.Now, Decisions: make([]Decision, 0, len(p.in.Versions)), Pressure: report, Beyond: p.policy.Beyond(p.in.Capacity)}
 	blobs := newCensus(&p.in)
 	gone := make([]bool, len(p.in.Versions))
 	for _, i := range going {

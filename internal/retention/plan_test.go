@@ -630,6 +630,40 @@ windows: [{start: "0 2 * * *", duration: 4h}]`)
 	}
 }
 
+// Such a limit is a slip in the unit, or of another disk, and would take all
+// that may go.
+func TestALimitThatTheFileSystemCannotHaveTakesNothing(t *testing.T) {
+	t.Parallel()
+	until := func(a Amount) *Policy { return None().UntilFree(a) }
+	for name, tc := range map[string]struct {
+		policy *Policy
+		want   string // in the plan; empty: pressure counts
+	}{
+		"more than all":            {policy(t, "pressure: {minFree: 500GiB}"), "pressure.minFree (line 2): 500GiB is more than the 90% that can be kept free of a file system of 9.8 KiB"},
+		"as much as no share may":  {policy(t, "pressure: {minFree: 9001}"), "pressure.minFree"},
+		"as much as a share may":   {policy(t, "pressure: {minFree: 9000}"), ""},
+		"a target beyond":          {policy(t, "pressure: {minFree: 10%, target: 9600}"), "pressure.target (line 2): 9.375KiB is more than the 95%"},
+		"a person asks for more":   {until(Amount{Bytes: 500 << 30}), "what is asked for: 500GiB is more than the 99%"},
+		"a person asks for nearly": {until(Amount{Percent: 99}), ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			in := input(t, stored{refs: "a:1", came: "60d"}, stored{refs: "b:1", came: "50d", used: "2h"})
+			in.Free = 6000
+			plan := tc.policy.Plan(in)
+			if tc.want == "" {
+				if plan.Beyond != "" || plan.Pressure == nil || !plan.Decisions[0].Remove {
+					t.Errorf("it does not count: %s, %+v", plan.Beyond, plan)
+				}
+				return
+			}
+			if !strings.Contains(plan.Beyond, tc.want) || plan.Pressure != nil || plan.Frees > 0 {
+				t.Errorf("the plan says %q, want %q; it frees %d bytes, %+v", plan.Beyond, tc.want, plan.Frees, plan.Pressure)
+			}
+		})
+	}
+}
+
 func TestPlanForSomeModelsLeavesTheOthers(t *testing.T) {
 	t.Parallel()
 	p := policy(t, "rules: [{models: ['*'], unusedFor: 1d, rollback: 0}]\npressure: {minFree: 90%}")

@@ -24,6 +24,7 @@ type Policy struct {
 	Windows        []Window      // when rules may remove; none: at any time
 	Limits         Limits
 	Interval       time.Duration // how often the sidecar runs
+	Asked          bool          // Pressure is what a person asks for, for one run: see UntilFree
 
 	origins map[string]origin // by key of the file: "trash.hold", "rules[0].minAge"
 }
@@ -71,7 +72,7 @@ func None() *Policy {
 // themselves, and there are no windows to wait for.
 func (p *Policy) UntilFree(target Amount) *Policy {
 	out := *p
-	out.Pressure = &Watermarks{MinFree: target, Target: target}
+	out.Pressure, out.Asked = &Watermarks{MinFree: target, Target: target}, true
 	out.Windows = nil
 	out.Rules = slices.Clone(p.Rules)
 	for i, r := range out.Rules {

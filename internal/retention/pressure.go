@@ -1,6 +1,7 @@
 package retention
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 
@@ -54,10 +55,33 @@ func (p *planner) trifling(bytes int64, version int) bool {
 	return bytes == 0 || bytes < size/1000
 }
 
+// Beyond says that the policy wants more free space than a file system of this
+// capacity should have, or is empty. A size is held to what a share may be: as
+// a rule it is a slip in the unit or meant for another disk, and all that may go
+// would go for it. Then nothing goes for pressure at all.
+func (p *Policy) Beyond(capacity int64) string {
+	w := p.Pressure
+	if w == nil || capacity == 0 { // not known
+		return ""
+	}
+	said := func(what string, a Amount, most float64) string {
+		if a.Of(capacity) <= (Amount{Percent: most}).Of(capacity) {
+			return ""
+		}
+		return fmt.Sprintf("%s: %s is more than the %g%% that can be kept free of a file system of %s, so nothing goes for want of space",
+			what, a, most, progress.Bytes(capacity))
+	}
+	if p.Asked {
+		return said("what is asked for", w.Target, maxAsked)
+	}
+	key := func(name string) string { return fmt.Sprintf("%s (%s)", name, p.From(name)) }
+	return cmp.Or(said(key("pressure.minFree"), w.MinFree, maxMinFree), said(key("pressure.target"), w.Target, maxTarget))
+}
+
 // relieve adds to what goes by rule what goes because space is short.
 func (p *planner) relieve(going []int) ([]int, *PressureReport) {
 	marks := p.policy.Pressure
-	if marks == nil {
+	if marks == nil || p.policy.Beyond(p.in.Capacity) != "" {
 		return going, nil
 	}
 	limit := marks.MinFree.Of(p.in.Capacity)

@@ -108,6 +108,7 @@ type Plan struct {
 	Decisions []Decision
 	Frees     int64           // bytes, of all that goes
 	Pressure  *PressureReport // nil where free space is above its limit
+	Beyond    string          // see Policy.Beyond: then pressure takes nothing
 }
 
 // PressureReport tells how far a plan gets where space is short.

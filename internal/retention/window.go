@@ -55,8 +55,28 @@ func (w Window) Open(t time.Time) bool {
 	return !began.IsZero() && !began.After(t)
 }
 
-// Next is when the window opens for the first time after t.
-func (w Window) Next(t time.Time) time.Time { return w.opens.Next(t.In(w.Zone)) }
+// Next is when the window opens for the first time after t, or zero if it never
+// does. The clock on the wall may skip the time at which it is to open, or show
+// it twice: then it opens up to an hour beside it, or at one of the two.
+func (w Window) Next(t time.Time) time.Time {
+	// By a clock that never jumps, which UTC stands for here; from earlier on,
+	// because the wall's may have been put back since.
+	t = t.In(w.Zone)
+	_, offset := t.Zone()
+	wall := t.UTC().Add(time.Duration(offset)*time.Second - clockChange)
+	for {
+		if wall = w.opens.Next(wall); wall.IsZero() {
+			return wall
+		}
+		at := time.Date(wall.Year(), wall.Month(), wall.Day(), wall.Hour(), wall.Minute(), wall.Second(), 0, w.Zone)
+		if at.After(t) {
+			return at
+		}
+	}
+}
+
+// clockChange is more than clocks are put forward or back by.
+const clockChange = 2 * time.Hour
 
 // String says when the window is open.
 func (w Window) String() string {
@@ -67,15 +87,15 @@ func (w Window) String() string {
 	return fmt.Sprintf("%q for %s, %s", w.Start, span(w.Duration), zone)
 }
 
-// Open tells whether rules may remove at t, and if not, when they may next.
+// Open tells whether rules may remove at t, and when a window opens for the
+// first time after t; zero: there is none.
 func (p *Policy) Open(t time.Time) (open bool, next time.Time) {
+	open = len(p.Windows) == 0
 	for _, w := range p.Windows {
-		if w.Open(t) {
-			return true, time.Time{}
-		}
-		if n := w.Next(t); next.IsZero() || n.Before(next) {
+		open = open || w.Open(t)
+		if n := w.Next(t); next.IsZero() || !n.IsZero() && n.Before(next) {
 			next = n
 		}
 	}
-	return len(p.Windows) == 0, next
+	return open, next
 }

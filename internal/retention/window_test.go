@@ -45,6 +45,46 @@ func TestWindowIsOpenFromItsStartForItsDuration(t *testing.T) {
 	}
 }
 
+// Where the hour of its start is skipped or comes twice, as clocks are put
+// forward or back, a window is open all the same, once and no longer.
+func TestWindowOpensOnceANightForItsDurationWhateverClocksDo(t *testing.T) {
+	t.Parallel()
+	for _, zone := range []string{"Europe/Berlin", "America/New_York", "Australia/Lord_Howe"} {
+		for _, start := range []string{"0 2 * * *", "30 2 * * *", "0 0 * * *", "30 1 * * *", "59 2 * * *"} {
+			w := window(t, start, 4*time.Hour, zone)
+			for day := range 365 {
+				noon := time.Date(2026, 1, 1+day, 12, 0, 0, 0, w.Zone)
+				if tomorrow := noon.AddDate(0, 0, 1); tomorrow.Sub(noon) != 24*time.Hour {
+					opensOnceBetween(t, w, noon, tomorrow)
+				}
+			}
+		}
+	}
+}
+
+func opensOnceBetween(t *testing.T, w Window, from, to time.Time) {
+	t.Helper()
+	opened, minutes, before := 0, 0, false
+	for at := from; at.Before(to); at = at.Add(time.Minute) {
+		open := w.Open(at)
+		if open {
+			minutes++
+		}
+		if open && !before {
+			opened++
+			for _, early := range []time.Duration{time.Second, 20 * time.Minute, 100 * time.Minute} {
+				if next := w.Next(at.Add(-early)); !next.Equal(at) {
+					t.Errorf("%s opens at %s; %s before, it was to open at %s", w, at, early, next)
+				}
+			}
+		}
+		before = open
+	}
+	if opened != 1 || minutes != int(w.Duration/time.Minute) {
+		t.Errorf("%s opens %d times from %s on, for %d minutes", w, opened, from, minutes)
+	}
+}
+
 func TestPolicyIsOpenWhenOneOfItsWindowsIs(t *testing.T) {
 	t.Parallel()
 	p := None()

@@ -3,12 +3,8 @@ package volume
 import (
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
-
-	"github.com/larder-project/larder/internal/store"
 )
 
 // Where this process cannot see who uses a mount, it takes none away that no
@@ -94,35 +90,4 @@ func TestAnUpperInUseOutOfSightIsLeftAlone(t *testing.T) {
 		}
 	}
 	n.empty()
-}
-
-// In a PID namespace of its own, as in a container that was not given the
-// host's, a process is blind if its mounts can get out of its mount namespace.
-func TestAProcessInItsOwnPIDNamespaceIsBlind(t *testing.T) {
-	if root := os.Getenv("LARDER_TEST_PID_NAMESPACE"); root != "" {
-		st, err := store.Open(filepath.Join(root, "store"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		m, err := Open(t.Context(), Config{Store: st, State: filepath.Join(root, "node"), Node: "test"})
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Logf("blind: %t", m.Blind() != "")
-		return
-	}
-	n := newNode(t)
-	if n.Blind() != "" {
-		t.Skip("this machine is itself in a PID namespace")
-	}
-	for _, propagation := range []string{"shared", "private"} {
-		cmd := exec.Command("unshare", "--pid", "--fork", "--mount", "--propagation", propagation, "--mount-proc",
-			os.Args[0], "-test.v", "-test.run=^"+t.Name()+"$")
-		cmd.Env = append(os.Environ(), "LARDER_TEST_PID_NAMESPACE="+n.root)
-		out, err := cmd.CombinedOutput()
-		want := map[string]string{"shared": "blind: true", "private": "blind: false"}[propagation]
-		if err != nil || !strings.Contains(string(out), want) {
-			t.Errorf("%s: %v, want %q in\n%s", propagation, err, want, out)
-		}
-	}
 }

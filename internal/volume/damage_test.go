@@ -162,7 +162,7 @@ func TestFoldersOfOthersAmongTheMountsStay(t *testing.T) {
 	open := func(boot string) {
 		t.Helper()
 		var err error
-		if n.Manager, err = Open(t.Context(), Config{Store: n.store, State: filepath.Join(n.root, "node"), Mounts: mnt, Node: "test", BootID: boot}); err != nil {
+		if n.Manager, err = Open(t.Context(), Config{Store: n.store, State: filepath.Join(n.root, "node"), Mounts: mnt, Node: "test", BootID: boot, OwnPIDNamespace: true}); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -227,7 +227,7 @@ func (m *Manager) placeOf(target string) string {
 	at := m.mntPlace
 	if !below || at == "" {
 		var err error
-		if at, _, err = mounttable.PlaceOf(dir); err != nil {
+		if at, err = mounttable.PlaceOf(dir); err != nil {
 			m.log.Warn("copies of a mount will count as its users", "target", target, "error", err)
 			return ""
 		}
@@ -241,8 +241,9 @@ func (m *Manager) placeOf(target string) string {
 
 // seesAll tells whether the mount tables that this process can read are those
 // of all containers that can show our mounts. Outside the first PID namespace
-// of the host it sees no process above it. That does not matter where our
-// mounts cannot get there, or where the engine itself has been seen.
+// of the host it sees no process above it, and who made the mounts may be there.
+// That does not matter where the engine itself has been seen, or where somebody
+// says that no container is elsewhere.
 func (m *Manager) seesAll() bool { return !m.blind || m.engineSeen.Load() }
 
 // EngineSeen is told that the engine is a process which this one can see, so
@@ -258,20 +259,20 @@ func (m *Manager) Blind() string {
 	return "it runs in a PID namespace of its own and does not see the processes of the host, so it cannot tell which mounts containers use"
 }
 
+// BlindHint is what to do about Blind.
+const BlindHint = "run it on the host or in the host's PID namespace (docker run --pid=host, hostPID: true); " +
+	"where the engine and all its containers run inside this one, set usage.pid-namespace: own"
+
 // firstPIDNamespace is the inode number of the host's own PID namespace
 // (PROC_PID_INIT_INO in include/linux/proc_ns.h).
 const firstPIDNamespace = "pid:[4026531836]"
 
-func (m *Manager) findBlindness() error {
+func inOwnPIDNamespace() (bool, error) {
 	ns, err := os.Readlink(filepath.Join(mounttable.Proc, "self/ns/pid"))
 	if err != nil {
-		return fmt.Errorf("find the PID namespace: %w; is /proc mounted?", err)
+		return false, fmt.Errorf("find the PID namespace: %w; is /proc mounted?", err)
 	}
-	if ns == firstPIDNamespace {
-		return nil
-	}
-	_, m.blind, err = mounttable.PlaceOf(m.mnt)
-	return err
+	return ns != firstPIDNamespace, nil
 }
 
 // overlayFolders gives the topmost lower layer and the upper layer from the

@@ -45,9 +45,12 @@ type Config struct {
 	Node   string // name of this node in the store
 	BootID string // for tests; empty: the kernel's
 	Puller Puller // nil: the option pull is refused
+	Log    *slog.Logger
+	// OwnPIDNamespace: all containers that can show a mount run in this
+	// process's PID namespace, though it is not the host's.
+	OwnPIDNamespace bool
 	// LoopOnly: what may be written to the disk is bounded by loop images alone.
 	LoopOnly bool
-	Log      *slog.Logger
 }
 
 // Manager works on the volumes of one node. Its methods are safe for
@@ -117,8 +120,10 @@ func Open(ctx context.Context, c Config) (*Manager, error) {
 	if m.mnt, err = filepath.EvalSymlinks(m.mnt); err != nil {
 		return nil, fmt.Errorf("open state: %w", err)
 	}
-	if err := m.findBlindness(); err != nil {
-		return nil, fmt.Errorf("open state: %w", err)
+	if !c.OwnPIDNamespace {
+		if m.blind, err = inOwnPIDNamespace(); err != nil {
+			return nil, fmt.Errorf("open state: %w", err)
+		}
 	}
 	// Volumes have names, so this lock is nobody else's.
 	unlock, err := m.lock(ctx, "")

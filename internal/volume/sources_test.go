@@ -5,6 +5,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -12,8 +13,12 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"github.com/larder-project/larder/internal/gc"
+	"github.com/larder-project/larder/internal/reference"
+	"github.com/larder-project/larder/internal/store"
 	"github.com/larder-project/larder/internal/usage"
 	"github.com/larder-project/larder/internal/usage/usagetest"
+	"github.com/larder-project/larder/internal/volume"
 )
 
 func sourceOf(t *testing.T, n *usagetest.Node, name string) usage.Source {
@@ -214,5 +219,71 @@ func TestPlacesOfVolumesAndPaths(t *testing.T) {
 		if err != nil || ok != want || ok && !slices.Contains(got, n.Used) {
 			t.Errorf("of %q: %v, %v (%v), want %v", name, got, ok, err, want)
 		}
+	}
+}
+
+// pidNamespaceVariable is the state, for a process of
+// TestNothingIsRemovedWhereContainersAreOutOfSight.
+const pidNamespaceVariable = "LARDER_TEST_PID_NAMESPACE"
+
+// In a PID namespace of its own, as a sidecar in a container that was not given
+// the host's, a process sees neither the containers nor the mounts that the host
+// made for them: whatever the propagation of its own mounts, it removes nothing.
+func TestNothingIsRemovedWhereContainersAreOutOfSight(t *testing.T) {
+	if root := os.Getenv(pidNamespaceVariable); root != "" {
+		outOfSight(t, root)
+		return
+	}
+	t.Parallel()
+	n := usagetest.NewNode(t)
+	dir, bind := filepath.Join(n.Root, "here"), t.TempDir()
+	n.MountAt(t, dir)
+	container := process(t, unix.CLONE_NEWNS, "mount --make-rprivate / && mount --bind "+dir+" "+bind+" && umount "+dir+" && echo ready && exec sleep 1000")
+	n.UnmountAt(t, dir) // no record is left of it
+	for _, propagation := range []string{"shared", "slave", "private"} {
+		cmd := exec.Command("unshare", "--pid", "--fork", "--mount", "--propagation", propagation, "--mount-proc",
+			os.Args[0], "-test.v", "-test.run=^"+t.Name()+"$")
+		cmd.Env = append(os.Environ(), pidNamespaceVariable+"="+n.Root)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s", propagation, err, out)
+		}
+	}
+	if got, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(container), "root", bind, "weights")); err != nil || string(got) != "used:1" {
+		t.Errorf("the container reads %q, %v", got, err)
+	}
+}
+
+func outOfSight(t *testing.T, root string) {
+	st, err := store.Open(filepath.Join(root, "store"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := volume.Config{Store: st, State: filepath.Join(root, "node"), Node: "test"}
+	m, err := volume.Open(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	used, err := reference.Parse("used:1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	collector := &gc.Collector{Store: st, Node: "test", Sources: m.Sources(), Views: m}
+	_, err = collector.Remove(t.Context(), []reference.Reference{used}, gc.Options{})
+	if err == nil || !strings.Contains(err.Error(), m.Blind()) || !strings.Contains(err.Error(), volume.BlindHint) {
+		t.Errorf("removing what a container uses: %v; want that and why nothing is removed, and what to do", err)
+	}
+
+	// With an engine inside the same container, somebody has to say so.
+	c.OwnPIDNamespace = true
+	if m, err = volume.Open(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	unused, err := reference.Parse("unused:1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	collector.Sources, collector.Views = m.Sources(), m
+	if _, err := collector.Remove(t.Context(), []reference.Reference{unused}, gc.Options{DryRun: true}); err != nil || m.Blind() != "" {
+		t.Errorf("where all containers are in the same namespace: %v %s", err, m.Blind())
 	}
 }

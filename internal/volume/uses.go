@@ -117,7 +117,7 @@ func (mounts) Name() string { return "mounts" }
 
 func (s mounts) Uses(ctx context.Context) ([]usage.Use, error) {
 	if blind := s.m.Blind(); blind != "" {
-		return nil, errors.New(blind + "; run it in the host's PID namespace (docker run --pid=host, hostPID: true)")
+		return nil, errors.New(blind + "; " + BlindHint)
 	}
 	use, err := s.m.scanKernel(ctx)
 	if err != nil {

@@ -53,7 +53,8 @@ func (n *node) reopen(boot string) {
 	if n.store, err = store.Open(filepath.Join(n.root, "store")); err != nil {
 		n.t.Fatal(err)
 	}
-	n.Manager, err = Open(n.t.Context(), Config{Store: n.store, State: filepath.Join(n.root, "node"), Node: "test", BootID: boot})
+	// A machine of tests may be a container itself.
+	n.Manager, err = Open(n.t.Context(), Config{Store: n.store, State: filepath.Join(n.root, "node"), Node: "test", BootID: boot, OwnPIDNamespace: true})
 	if err != nil {
 		n.t.Fatal(err)
 	}

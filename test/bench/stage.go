@@ -118,7 +118,7 @@ func (b *bench) larder(ctx context.Context, root string, args ...string) *exec.C
 }
 
 // cleanEnv is the environment without what a person set for their own Larder
-// and their own hub.
+// and their own hub. The engine runs beside the benchmark, in a container perhaps.
 func cleanEnv(more ...string) []string {
 	var env []string
 	for _, e := range os.Environ() {
@@ -126,7 +126,7 @@ func cleanEnv(more ...string) []string {
 			env = append(env, e)
 		}
 	}
-	return append(env, more...)
+	return append(append(env, "LARDER_USAGE_PID_NAMESPACE=own"), more...)
 }
 
 func (b *bench) startPlugin(s *stage) error {

@@ -210,7 +210,7 @@ func newDays(t *testing.T, dir string) *node {
 	var err error
 	n.st, err = store.Open(filepath.Join(dir, "store"), store.WithClock(clock))
 	ok(t, err)
-	n.vols, err = volume.Open(t.Context(), volume.Config{Store: n.st, State: filepath.Join(dir, "node"), Node: "days"})
+	n.vols, err = volume.Open(t.Context(), volume.Config{Store: n.st, State: filepath.Join(dir, "node"), Node: "days", OwnPIDNamespace: true})
 	ok(t, err)
 	n.policy, err = retention.Parse("policy.yaml", []byte(daysPolicy))
 	ok(t, err)

@@ -32,7 +32,7 @@ func newLarder(t *testing.T, root string, env ...string) *larder {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	l.env = append(os.Environ(), "LARDER_USAGE_DOCKER=off", "LARDER_USAGE_CONTAINERD=off", "LARDER_USAGE_GPU=off", "LARDER_USAGE_CSI=off")
+	l.env = append(os.Environ(), "LARDER_USAGE_DOCKER=off", "LARDER_USAGE_CONTAINERD=off", "LARDER_USAGE_GPU=off", "LARDER_USAGE_CSI=off", "LARDER_USAGE_PID_NAMESPACE=own")
 	l.env = append(l.env, env...)
 	return l
 }

@@ -149,6 +149,7 @@ if docker version >/dev/null 2>&1; then
 	engine="the host's own, $(docker version --format '{{.Server.Version}}')"
 else
 	export DOCKER_HOST=unix://$work/docker.sock
+	export LARDER_USAGE_PID_NAMESPACE=own # this may be a container itself, with that engine in it
 	mkdir "$work/engine"
 	# Its own network namespace: it can touch neither the bridges nor the packet
 	# filter of this host, whatever else runs here. And its own session, as the

@@ -199,9 +199,11 @@ func (n *node) spawn(program string, files []*os.File, env []string, args ...str
 	return p
 }
 
+// environ is without what is set on this machine, which may be a container
+// itself: the node's engine runs in the PID namespace of the tests.
 func (n *node) environ() []string {
 	env := slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, "LARDER_") })
-	return append(env, "DOCKER_HOST="+n.e.Host(), "LARDER_CONTAINERD_ADDRESS="+n.e.ContainerdSocket(), "LARDER_CSI_KUBELET="+n.kubelet())
+	return append(env, "DOCKER_HOST="+n.e.Host(), "LARDER_CONTAINERD_ADDRESS="+n.e.ContainerdSocket(), "LARDER_CSI_KUBELET="+n.kubelet(), "LARDER_USAGE_PID_NAMESPACE=own")
 }
 
 // kubelet is the folder of a kubelet on this node; there is none.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -113,7 +114,7 @@ func TestSidecarAsAContainer(t *testing.T) {
 		ok(t, err)
 		write(t, filepath.Join(n.root, "seccomp.json"), string(profile))
 		args := []string{
-			"run", "-d", "--label", n.label, "--network", "none", "--pid", "host", "--read-only", "--cap-drop", "ALL",
+			"run", "-d", "--label", n.label, "--network", "none", "--read-only", "--cap-drop", "ALL",
 			"--security-opt", "seccomp=" + filepath.Join(n.root, "seccomp.json"), "--security-opt", "no-new-privileges",
 			"-v", n.root + ":" + n.root + ":rslave", "-v", etc + ":/etc/larder:ro",
 			"-v", e.Socket() + ":/var/run/docker.sock", "-v", e.ContainerdSocket() + ":/run/containerd/containerd.sock",
@@ -128,7 +129,37 @@ func TestSidecarAsAContainer(t *testing.T) {
 		socket := filepath.Join(n.root, "sidecar.sock")
 		host, err := os.Hostname()
 		ok(t, err)
-		id := n.docker(append(args, image, "--root", n.root, "--node", host, "--listen", "unix://"+socket, "--grace", "500ms")...)
+		command := []string{image, "--root", n.root, "--node", host, "--listen", "unix://" + socket, "--grace", "500ms"}
+		client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", socket)
+		}}}
+		ready := func() (int, string) {
+			res, err := client.Get("http://sidecar/readyz")
+			if err != nil {
+				return 0, err.Error()
+			}
+			defer res.Body.Close()
+			body, err := io.ReadAll(res.Body)
+			ok(t, err)
+			return res.StatusCode, string(body)
+		}
+
+		blind := n.docker(slices.Concat(args, command)...)
+		n.within(20*time.Second, "without the host's processes it says that it is blind", func() error {
+			if status, body := ready(); status != http.StatusServiceUnavailable || !strings.Contains(body, "--pid=host") || !strings.Contains(body, "so nothing was removed") {
+				return fmt.Errorf("readyz is %d: %s", status, body)
+			}
+			return nil
+		})
+		if err := n.has("unused:1"); err != nil {
+			t.Error(err)
+		}
+		n.docker("rm", "-f", blind)
+		client.CloseIdleConnections()
+
+		// These tests may run in a container, and its processes are then the host's.
+		id := n.docker(slices.Concat(args, []string{"--pid", "host", "-e", "LARDER_USAGE_PID_NAMESPACE=own"}, command)...)
 		t.Cleanup(func() {
 			if t.Failed() {
 				out, _ := exec.Command("docker", "-H", e.Host(), "logs", id).CombinedOutput()
@@ -136,18 +167,9 @@ func TestSidecarAsAContainer(t *testing.T) {
 			}
 		})
 		n.within(20*time.Second, "what nothing uses goes", func() error { return n.hasNot("unused:1") })
-		client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			var d net.Dialer
-			return d.DialContext(ctx, "unix", socket)
-		}}}
 		n.within(20*time.Second, "it is ready", func() error {
-			res, err := client.Get("http://sidecar/readyz")
-			if err != nil {
-				return err
-			}
-			defer res.Body.Close()
-			if res.StatusCode != http.StatusOK {
-				return fmt.Errorf("readyz is %s", res.Status)
+			if status, body := ready(); status != http.StatusOK {
+				return fmt.Errorf("readyz is %d: %s", status, body)
 			}
 			return nil
 		})

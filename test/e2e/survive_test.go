@@ -725,7 +725,7 @@ func TestPluginThatSeesNoContainer(t *testing.T) {
 		n := newNode(t, e)
 		n.importModel("tiny", tiny(37))
 		start := func() {
-			n.plugin = n.spawn("unshare", nil, nil, "--pid", "--fork", "--kill-child=SIGKILL", "--mount", "--propagation", "unchanged", "--mount-proc",
+			n.plugin = n.spawn("unshare", nil, []string{"LARDER_USAGE_PID_NAMESPACE=host"}, "--pid", "--fork", "--kill-child=SIGKILL", "--mount", "--propagation", "unchanged", "--mount-proc",
 				filepath.Join(programs, "larder-plugin"), "--root", n.root, "--socket", n.socket)
 			n.waitPlugin()
 		}

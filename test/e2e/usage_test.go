@@ -43,7 +43,7 @@ func newRemover(n *node) *remover {
 	ok(n.t, err)
 	r.store, err = store.Open(filepath.Join(n.root, "store"))
 	ok(n.t, err)
-	r.volumes, err = volume.Open(n.t.Context(), volume.Config{Store: r.store, State: filepath.Join(n.root, "node"), Node: host})
+	r.volumes, err = volume.Open(n.t.Context(), volume.Config{Store: r.store, State: filepath.Join(n.root, "node"), Node: host, OwnPIDNamespace: true})
 	ok(n.t, err)
 	r.cfg = config.Config{
 		UsageDocker: config.Auto, UsageContainerd: config.Auto, UsageGPU: config.Auto, UsageCSI: config.Auto,

@@ -142,7 +142,7 @@ func startSidecar(t *testing.T) sidecar {
 		return path
 	}
 	env := append(slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, "LARDER_") }),
-		"LARDER_ROOT="+filepath.Join(root, "node"), "LARDER_USAGE_DOCKER=off", "LARDER_USAGE_CONTAINERD=off")
+		"LARDER_ROOT="+filepath.Join(root, "node"), "LARDER_USAGE_DOCKER=off", "LARDER_USAGE_CONTAINERD=off", "LARDER_USAGE_PID_NAMESPACE=own")
 	larder, program := build("larder", "./cmd/larder"), build("larder-sidecar", "./sidecar")
 	for i, name := range []string{"bert:1.0.0", "bert:1.0.1", "qwen:1"} {
 		dir := filepath.Join(root, "import", fmt.Sprint(i))

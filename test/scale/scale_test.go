@@ -125,7 +125,7 @@ exec /busybox sleep 1000`
 func (n *node) run() {
 	n.t.Helper()
 	ctx := n.t.Context()
-	m, err := volume.Open(ctx, volume.Config{Store: n.store, State: filepath.Join(n.root, "node"), Node: "scale"})
+	m, err := volume.Open(ctx, volume.Config{Store: n.store, State: filepath.Join(n.root, "node"), Node: "scale", OwnPIDNamespace: true})
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -178,7 +178,7 @@ func (n *node) unmount() {
 func (n *node) larderRun(args ...string) (cost, []byte) {
 	n.t.Helper()
 	cmd := exec.Command(n.larder, append([]string{"--root", n.root, "--node", "scale"}, args...)...)
-	cmd.Env = append(os.Environ(), "LARDER_USAGE_DOCKER=off", "LARDER_USAGE_CONTAINERD=off", "LARDER_USAGE_GPU=off", "LARDER_USAGE_CSI=off")
+	cmd.Env = append(os.Environ(), "LARDER_USAGE_DOCKER=off", "LARDER_USAGE_CONTAINERD=off", "LARDER_USAGE_GPU=off", "LARDER_USAGE_CSI=off", "LARDER_USAGE_PID_NAMESPACE=own")
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	begin := time.Now()

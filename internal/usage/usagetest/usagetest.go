@@ -48,7 +48,8 @@ func NewNode(t *testing.T) *Node {
 	if n.Store, err = store.Open(filepath.Join(n.Root, "store")); err != nil {
 		t.Fatal(err)
 	}
-	if n.Volumes, err = volume.Open(t.Context(), volume.Config{Store: n.Store, State: filepath.Join(n.Root, "node"), Node: "test"}); err != nil {
+	// A machine of tests may be a container itself.
+	if n.Volumes, err = volume.Open(t.Context(), volume.Config{Store: n.Store, State: filepath.Join(n.Root, "node"), Node: "test", OwnPIDNamespace: true}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { n.unmount(t) })
