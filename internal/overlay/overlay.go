@@ -39,7 +39,8 @@ type Mount struct {
 	View   string // as built by view.Build
 	Blobs  string // the store's folder of blobs, the parent of sha256/
 	// Upper and Work take what is written; both on one file system, as
-	// NewUpper makes them. When ReadOnly, an upper is shown and takes nothing.
+	// NewUpper makes them. Of a mount that is ReadOnly they take nothing, and an
+	// upper without a work folder is one more layer to be shown.
 	Upper, Work string
 	ReadOnly    bool
 	Method      view.Method // that the view was built with
@@ -65,7 +66,7 @@ func (m Mount) Options() (string, error) {
 	}
 	var b strings.Builder
 	b.WriteString("lowerdir=")
-	if m.ReadOnly && m.Upper != "" {
+	if m.ReadOnly && m.Upper != "" && m.Work == "" {
 		b.WriteString(escapeLower(m.Upper) + ":")
 	}
 	b.WriteString(escapeLower(m.View))
@@ -82,7 +83,7 @@ func (m Mount) Options() (string, error) {
 	default:
 		return "", fmt.Errorf("mount view %s: method %q is not known", m.View, m.Method)
 	}
-	if m.ReadOnly {
+	if m.ReadOnly && m.Work == "" {
 		// Without an upper nothing is redirected, and the kernel refuses
 		// "on"; what the view says is followed.
 		b.WriteString(",redirect_dir=follow")

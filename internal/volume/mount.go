@@ -116,12 +116,9 @@ func (m *Manager) begin(ctx context.Context, r record, o Options, mr mountRecord
 		if err := m.use(versions); err != nil {
 			return err
 		}
-		switch {
-		case o.ReadOnly:
-		case o.Scope == ScopeVolume:
+		mr.Upper = m.runUpper(r.Name, mr.ID)
+		if o.Scope == ScopeVolume && !o.ReadOnly {
 			mr.Upper = m.volumeUpper(r.Name)
-		default:
-			mr.Upper = m.runUpper(r.Name, mr.ID)
 		}
 		return m.writeMount(mr)
 	})
@@ -183,13 +180,13 @@ func (m *Manager) attach(ctx context.Context, o Options, mr mountRecord) (err er
 		return err
 	}
 	mount := overlay.Mount{Target: mr.Target, View: viewDir, Blobs: m.store.BlobsDir(), ReadOnly: o.ReadOnly, Method: method}
-	if mr.Upper != "" {
-		upper, err := m.takeUpper(ctx, mr, o, viewDir)
-		if err != nil {
-			return err
-		}
-		mount.Upper, mount.Work = upper.Upper, upper.Work
+	// A read-only mount has one too, which takes nothing: by its upper alone the
+	// kernel tells whether a mount lives on that no mount table shows.
+	upper, err := m.takeUpper(ctx, mr, o, viewDir)
+	if err != nil {
+		return err
 	}
+	mount.Upper, mount.Work = upper.Upper, upper.Work
 	if err := mount.Do(); err != nil {
 		return err
 	}
@@ -229,7 +226,7 @@ func (m *Manager) takeUpper(ctx context.Context, mr mountRecord, o Options, view
 		if err := m.awaitUpper(ctx, mr); err != nil {
 			return overlay.Upper{}, err
 		}
-		if o.Scope == ScopeRun {
+		if mr.Upper != m.volumeUpper(mr.Volume) {
 			if err := m.dropUpper(mr); err != nil {
 				return overlay.Upper{}, err
 			}

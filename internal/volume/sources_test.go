@@ -287,3 +287,54 @@ func outOfSight(t *testing.T, root string) {
 		t.Errorf("where all containers are in the same namespace: %v %s", err, m.Blind())
 	}
 }
+
+// An overlay that has a view for its lower folder, as of podman's -v DIR:/m:O,
+// holds it in no mount table, and the view's own mount can be unmounted under it. The
+// version stays until that overlay has gone.
+func TestAnOverlayOverAViewKeepsIt(t *testing.T) {
+	t.Parallel()
+	n := usagetest.NewNode(t)
+	dir := filepath.Join(n.Root, "here")
+	n.MountAt(t, dir)
+	for _, d := range []string{"up", "work", "merged"} {
+		if err := os.Mkdir(filepath.Join(n.Root, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	merged := filepath.Join(n.Root, "merged")
+	options := "lowerdir=" + dir + ",upperdir=" + filepath.Join(n.Root, "up") + ",workdir=" + filepath.Join(n.Root, "work")
+	if err := unix.Mount("overlay", merged, "overlay", 0, options); err != nil {
+		t.Fatal(err)
+	}
+	mounted := true
+	defer func() {
+		if mounted {
+			_ = unix.Unmount(merged, unix.MNT_DETACH)
+		}
+	}()
+	inUse := func() bool {
+		t.Helper()
+		if err := n.Volumes.Reap(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		uses, failed := usage.Gather(t.Context(), n.Volumes.Sources())
+		if len(failed) > 0 {
+			t.Fatal(failed[0])
+		}
+		return slices.ContainsFunc(uses, func(u usage.Use) bool { return u.Version == n.Used })
+	}
+	n.UnmountAt(t, dir) // what is held goes with who holds it: Reap sees to that
+	if !inUse() {
+		t.Error("nobody is said to use the version")
+	}
+	if got, err := os.ReadFile(filepath.Join(merged, "weights")); err != nil || string(got) != "used:1" {
+		t.Errorf("who uses it reads %q, %v", got, err)
+	}
+	if err := unix.Unmount(merged, 0); err != nil {
+		t.Fatal(err)
+	}
+	mounted = false
+	if inUse() {
+		t.Error("the version is in use after the overlay has gone")
+	}
+}
