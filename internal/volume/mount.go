@@ -481,20 +481,29 @@ func (m *Manager) checkFree(ctx context.Context, mr mountRecord, here, upper boo
 }
 
 // unmount takes away what is mounted at target, if anything. A mount that is in
-// use is errHeld.
+// use is errHeld. One may be in use for a moment: by who looks at all mounts, or
+// by a process that is being started and has its parent's files until then.
 func (m *Manager) unmount(target string) error {
-	for {
+	for tries := 0; ; {
 		mounted, err := overlay.IsMounted(target)
 		if err != nil || !mounted {
 			return err
 		}
 		if err := overlay.Unmount(target); errors.Is(err, overlay.ErrBusy) {
-			return fmt.Errorf("%w: %w", errHeld, err)
+			if tries++; tries == unmountTries {
+				return fmt.Errorf("%w: %w", errHeld, err)
+			}
+			time.Sleep(unmountRetry)
 		} else if err != nil && !errors.Is(err, overlay.ErrNotMounted) {
 			return err
 		}
 	}
 }
+
+const (
+	unmountTries = 10
+	unmountRetry = 10 * time.Millisecond
+)
 
 // removeEmpty removes a folder unless it is gone or has something in it.
 func removeEmpty(dir string) error {
