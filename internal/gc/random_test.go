@@ -599,6 +599,10 @@ func (w *walk) end() {
 	if _, _, err := w.c.EmptyTrash(ctx, w.began.Add(20*365*24*time.Hour), store.Limit{}); err != nil {
 		w.t.Fatal(err)
 	}
+	// What an undo that was cut short had brought back was kept for another.
+	if err := w.leftovers(ctx); err != nil {
+		w.t.Fatal(err)
+	}
 	for _, dir := range []string{"blobs/sha256", "trash", "ingest"} {
 		entries, err := os.ReadDir(filepath.Join(w.dir, dir))
 		if err != nil {
