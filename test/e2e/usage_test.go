@@ -249,12 +249,14 @@ func TestEachKindOfUseAloneKeepsAVersion(t *testing.T) {
 		t.Cleanup(func() { r.ctr("two", "container", "rm", "none-"+n.driver) })
 		r.keptBy("no-task", "container two/none-"+n.driver+" of containerd (no task)", "volumes", "mounts", "containerd")
 
-		// A bind copy in a private mount namespace, after everything else has
-		// forgotten the mount.
+		// A bind copy in a private mount namespace, also when everything else
+		// has forgotten the mount.
 		source, hidden := r.mountAt(fresh("copy")), filepath.Join(n.root, "hidden")
 		ok(t, os.Mkdir(hidden, 0o755))
 		r.inside("mount --bind " + source + "/tokenizer " + hidden + "; umount -l " + source)
 		n.larder("umount", source)
+		r.keptBy("copy", "", "volumes", "mounts")
+		r.forget(source)
 		r.keptBy("copy", "", "mounts")
 
 		// A process on a GPU, in a mount namespace of its own.
@@ -298,6 +300,27 @@ func TestEachKindOfUseAloneKeepsAVersion(t *testing.T) {
 			}
 		}
 	})
+}
+
+// forget loses the records of a mount by hand.
+func (r *remover) forget(target string) {
+	r.t.Helper()
+	mounts, err := filepath.Glob(filepath.Join(r.root, "node", "mounts", "*", "manual-*", "*.json"))
+	ok(r.t, err)
+	found := false
+	for _, path := range mounts {
+		data, err := os.ReadFile(path)
+		ok(r.t, err)
+		if strings.Contains(string(data), `"`+target+`"`) {
+			found = true
+			volume := filepath.Base(filepath.Dir(path))
+			ok(r.t, os.Remove(path))
+			ok(r.t, os.Remove(filepath.Join(r.root, "node", "volumes", volume+".json")))
+		}
+	}
+	if !found {
+		r.t.Errorf("no record of %s among %v", target, mounts)
+	}
 }
 
 // unremoved checks that a removal of the model idle fails for want of a
