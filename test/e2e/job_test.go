@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/larder-project/larder/internal/testenv"
 	"github.com/larder-project/larder/test/engine"
@@ -276,9 +277,12 @@ func TestReadOnly(t *testing.T) {
 		if got := n.sh(c, "stat -c %a /models /models/tokenizer /models/config.json; cat /models/tokenizer/vocab.txt"); got != "555\n555\n444\na\nb\nc" {
 			t.Errorf("modes and content are %q", got)
 		}
-		if err := n.noUppers(); err != nil {
-			t.Error(err)
+		written, err := filepath.Glob(filepath.Join(n.root, "node/uppers/run/*/*/upper/*"))
+		if err != nil || len(written) > 0 {
+			t.Errorf("written all the same: %v, %v", written, err)
 		}
+		n.docker("rm", "-f", c)
+		n.within(20*time.Second, "nothing is left of the run", n.noUppers)
 	})
 }
 
