@@ -402,7 +402,7 @@ func TestWithoutAPolicyNothingGoes(t *testing.T) {
 	if r.Inventory == nil || len(r.Plan.Decisions) > 0 {
 		t.Errorf("inventory %v, plan %v", r.Inventory, r.Plan)
 	}
-	when, err := n.store.LastUsed()
+	when, _, err := n.store.LastSeen()
 	if err != nil || !when[used].Equal(n.clock()) && n.clock().Sub(when[used]) > time.Second {
 		t.Errorf("a version in use was last used %s (%v), want %s", when[used], err, n.clock())
 	}

@@ -221,10 +221,7 @@ func (inv *Inventory) versions(st *store.Store, g *graph, entries []v1.Descripto
 type seen struct{ used, pulled map[digest.Digest]time.Time }
 
 func (c *Collector) seen() (s seen, err error) {
-	if s.used, err = c.Store.LastUsed(); err != nil {
-		return s, err
-	}
-	s.pulled, err = c.Store.LastPulled()
+	s.used, s.pulled, err = c.Store.LastSeen()
 	return s, err
 }
 

@@ -199,19 +199,19 @@ func TestUseIsNotedByTheLatestTime(t *testing.T) {
 		t.Fatal(err)
 	}
 	v := publish(t, s, modelpack.Model{}, map[string]string{"a": "1"}, "m:1")
-	if used, err := s.LastUsed(); err != nil || len(used) != 0 {
+	if used, _, err := s.LastSeen(); err != nil || len(used) != 0 {
 		t.Errorf("before any use: %v, %v", used, err)
 	}
 	s.TouchUsage("n", v.Digest)
 	first := now
 	now = now.Add(-24 * time.Hour)
 	s.TouchUsage("n", v.Digest)
-	if used, err := s.LastUsed(); err != nil || !used[v.Digest].Equal(first) {
+	if used, _, err := s.LastSeen(); err != nil || !used[v.Digest].Equal(first) {
 		t.Errorf("after the clock was set back: %v, %v", used, err)
 	}
 	now = first.Add(time.Hour)
 	s.TouchUsage("n", v.Digest)
-	if used, err := s.LastUsed(); err != nil || !used[v.Digest].Equal(now) {
+	if used, _, err := s.LastSeen(); err != nil || !used[v.Digest].Equal(now) {
 		t.Errorf("later: %v, %v", used, err)
 	}
 }

@@ -276,30 +276,27 @@ func (s *Store) touch(node, name string) {
 	_ = disk.Touch(path, now)
 }
 
-// LastUsed is when each version was last mounted, unmounted or seen in use on
-// any node. A version that is not in the map never was.
-func (s *Store) LastUsed() (map[digest.Digest]time.Time, error) { return s.lastTouched("") }
-
-// LastPulled is when each version was last asked for again, on any node; see
-// TouchPulled.
-func (s *Store) LastPulled() (map[digest.Digest]time.Time, error) {
-	return s.lastTouched(pulledSuffix)
-}
-
-func (s *Store) lastTouched(suffix string) (map[digest.Digest]time.Time, error) {
-	out := map[digest.Digest]time.Time{}
+// LastSeen is when each version was last mounted, unmounted or seen in use, and
+// when it was last asked for again (see TouchPulled), on any node. A version
+// that is not in a map never was.
+func (s *Store) LastSeen() (used, pulled map[digest.Digest]time.Time, err error) {
+	used, pulled = map[digest.Digest]time.Time{}, map[digest.Digest]time.Time{}
 	nodes, err := os.ReadDir(s.path("usage"))
 	if err != nil {
-		return nil, fmt.Errorf("read usage: %w", err)
+		return nil, nil, fmt.Errorf("read usage: %w", err)
 	}
 	for _, node := range nodes {
 		entries, err := os.ReadDir(s.path("usage", node.Name()))
 		if err != nil {
-			return nil, fmt.Errorf("read usage: %w", err)
+			return nil, nil, fmt.Errorf("read usage: %w", err)
 		}
 		for _, e := range entries {
-			name, ok := strings.CutSuffix(e.Name(), suffix)
-			if !ok || !isBlobName(name) {
+			out := used
+			name, ok := strings.CutSuffix(e.Name(), pulledSuffix)
+			if ok {
+				out = pulled
+			}
+			if !isBlobName(name) {
 				continue
 			}
 			fi, err := e.Info()
@@ -307,7 +304,7 @@ func (s *Store) lastTouched(suffix string) (map[digest.Digest]time.Time, error) 
 				continue
 			}
 			if err != nil {
-				return nil, fmt.Errorf("read usage: %w", err)
+				return nil, nil, fmt.Errorf("read usage: %w", err)
 			}
 			d := digest.NewDigestFromEncoded(digest.SHA256, name)
 			if fi.ModTime().After(out[d]) {
@@ -315,7 +312,7 @@ func (s *Store) lastTouched(suffix string) (map[digest.Digest]time.Time, error) 
 			}
 		}
 	}
-	return out, nil
+	return used, pulled, nil
 }
 
 // ForgetUsage drops what is noted of versions that are neither in the store nor
