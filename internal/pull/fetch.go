@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -130,16 +129,11 @@ func (r *run) commit(ctx context.Context, it *item, ing *store.Ingest, s *sums, 
 	if err := r.lease.Hold(ctx, d); err != nil {
 		return err
 	}
-	mine, err := ing.File().Stat()
+	fresh, err := ing.Commit(ctx, d, it.want.Size)
 	if err != nil {
-		return err
-	}
-	if err := ing.Commit(ctx, d, it.want.Size); err != nil {
 		return fmt.Errorf("file %q: %w", it.want.Path, err)
 	}
-	// Commit keeps a blob that is there already.
-	blob, err := os.Lstat(r.st.BlobPath(d))
-	it.sound = err == nil && os.SameFile(mine, blob)
+	it.sound = fresh
 	it.have(d, how)
 	r.o.Progress.Done(it.want.Path, how)
 	return nil

@@ -235,12 +235,11 @@ func (r *run) resumeMove(ctx context.Context) (Result, bool, error) {
 	if err := r.lease.Hold(ctx, d); err != nil {
 		return Result{}, true, err
 	}
-	versions, err := r.st.Versions()
+	_, there, err := r.version(d)
 	if err != nil {
 		return Result{}, true, err
 	}
-	at := slices.IndexFunc(versions, func(v store.Version) bool { return v.Digest == d })
-	if at < 0 {
+	if !there {
 		return Result{}, true, fmt.Errorf("these are the remains of a folder that was moved into a store as %s, and store %s does not have it; import what is left after removing the file .larder-moved", d, r.st.Dir())
 	}
 	if !r.o.Move {
@@ -251,20 +250,21 @@ func (r *run) resumeMove(ctx context.Context) (Result, bool, error) {
 		return Result{}, true, err
 	}
 	// Held, then looked up again: a removal may have come between.
-	hold := []digest.Digest{}
-	for _, f := range m.Files {
-		hold = append(hold, f.Digest)
+	hold := make([]digest.Digest, len(m.Files))
+	for i, f := range m.Files {
+		hold[i] = f.Digest
 	}
 	if err := r.lease.Hold(ctx, hold...); err != nil {
 		return Result{}, true, err
 	}
-	if versions, err = r.st.Versions(); err != nil {
+	version, there, err := r.version(d)
+	if err != nil {
 		return Result{}, true, err
 	}
-	if at = slices.IndexFunc(versions, func(v store.Version) bool { return v.Digest == d }); at < 0 {
+	if !there {
 		return Result{}, true, fmt.Errorf("%s was removed from the store just now; larder undo brings it back, and the same command then goes on", d)
 	}
-	res := Result{Version: versions[at], Model: m, Unchanged: true}
+	res := Result{Version: version, Model: m, Unchanged: true}
 	r.o.Progress.Start(Plan{Source: m.Source, Revision: m.Revision, Reused: m.Size()})
 	known := map[string]modelpack.File{}
 	for _, f := range m.Files {
@@ -282,6 +282,16 @@ func (r *run) resumeMove(ctx context.Context) (Result, bool, error) {
 		return res, true, fmt.Errorf("the version is in the store as %s, but these files were not removed: %w", d, errors.Join(few(failed)...))
 	}
 	return res, true, src.Finish()
+}
+
+// version looks a version up by its digest.
+func (r *run) version(d digest.Digest) (store.Version, bool, error) {
+	versions, err := r.st.Versions()
+	at := slices.IndexFunc(versions, func(v store.Version) bool { return v.Digest == d })
+	if err != nil || at < 0 {
+		return store.Version{}, false, err
+	}
+	return versions[at], true, nil
 }
 
 // removeKnown removes a file if its bytes are those of the version's file.
@@ -302,10 +312,8 @@ func (r *run) removeKnown(ctx context.Context, src movable, f source.File, want 
 		return err
 	}
 	s := newSums(f.Size, false)
-	if _, err := io.Copy(s, rc); err != nil {
-		return errors.Join(err, rc.Close())
-	}
-	if err := rc.Close(); err != nil {
+	_, err = io.Copy(s, rc)
+	if err := errors.Join(err, rc.Close()); err != nil {
 		return err
 	}
 	if s.digest() != want.Digest {

@@ -217,15 +217,15 @@ func (r *run) published(ctx context.Context, m modelpack.Model) (store.Version, 
 	if err := r.lease.Hold(ctx, versions[at].Digest, digest.FromBytes(config)); err != nil {
 		return none, false, err
 	}
-	if versions, err = r.st.Versions(); err != nil {
+	v, there, err := r.version(versions[at].Digest)
+	if err != nil {
 		return none, false, err
 	}
-	at = slices.IndexFunc(versions, func(v store.Version) bool { return v.Digest == digest.FromBytes(manifest) })
-	if at < 0 || slices.ContainsFunc(r.snap.References, func(ref reference.Reference) bool {
-		return !slices.Contains(versions[at].References, ref.String())
+	if !there || slices.ContainsFunc(r.snap.References, func(ref reference.Reference) bool {
+		return !slices.Contains(v.References, ref.String())
 	}) {
 		return none, false, nil
 	}
-	_, there, err := r.st.Stat(versions[at].Digest)
-	return versions[at], there, err
+	_, there, err = r.st.Stat(v.Digest)
+	return v, there, err
 }

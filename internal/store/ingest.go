@@ -158,39 +158,39 @@ func (i *Ingest) Adopt(src string) error {
 // Commit makes the file the blob of d: its bytes durable, its mode 0444, its
 // name the digest. The caller has computed d from the file's bytes and holds d
 // in a lease. The new name is durable once Publish has returned.
-// When the blob is there already, the file is dropped.
-func (i *Ingest) Commit(_ context.Context, d digest.Digest, size int64) error {
+// When the blob is there already, the file is dropped, and fresh is false.
+func (i *Ingest) Commit(_ context.Context, d digest.Digest, size int64) (fresh bool, err error) {
 	if err := modelpack.CheckDigest(d); err != nil {
-		return fmt.Errorf("commit blob: %w", err)
+		return false, fmt.Errorf("commit blob: %w", err)
 	}
 	fi, err := i.file.Stat()
 	if err != nil {
-		return fmt.Errorf("commit blob %s: %w", d, err)
+		return false, fmt.Errorf("commit blob %s: %w", d, err)
 	}
 	if fi.Size() != size {
-		return fmt.Errorf("commit blob %s: %w: the file has %d bytes, not %d", d, ErrDamaged, fi.Size(), size)
+		return false, fmt.Errorf("commit blob %s: %w: the file has %d bytes, not %d", d, ErrDamaged, fi.Size(), size)
 	}
 	if err := i.file.Chmod(0o444); err != nil {
-		return fmt.Errorf("commit blob %s: %w", d, err)
+		return false, fmt.Errorf("commit blob %s: %w", d, err)
 	}
 	if err := i.file.Sync(); err != nil {
-		return fmt.Errorf("commit blob %s: %w", d, full(err))
+		return false, fmt.Errorf("commit blob %s: %w", d, full(err))
 	}
 	err = disk.RenameNoReplace(i.path, i.s.BlobPath(d))
 	if errors.Is(err, fs.ErrExist) {
 		have, ok, err := i.s.Stat(d)
 		if err != nil {
-			return err
+			return false, err
 		}
 		if ok && have != size {
-			return fmt.Errorf("commit blob %s: %w: %s has %d bytes, not %d", d, ErrDamaged, i.s.BlobPath(d), have, size)
+			return false, fmt.Errorf("commit blob %s: %w: %s has %d bytes, not %d", d, ErrDamaged, i.s.BlobPath(d), have, size)
 		}
-		return i.Discard()
+		return false, i.Discard()
 	}
 	if err != nil {
-		return fmt.Errorf("commit blob %s: %w", d, err)
+		return false, fmt.Errorf("commit blob %s: %w", d, err)
 	}
-	return errors.Join(ignoreAbsent(disk.Remove(i.path+progressSuffix)), i.file.Close())
+	return true, errors.Join(ignoreAbsent(disk.Remove(i.path+progressSuffix)), i.file.Close())
 }
 
 // Discard drops the partial blob.
@@ -223,7 +223,7 @@ func (s *Store) PutBlob(ctx context.Context, lease *Lease, data []byte) (digest.
 	if _, err := i.file.WriteAt(data, 0); err != nil {
 		return "", errors.Join(fmt.Errorf("write blob %s: %w", d, full(err)), i.Discard())
 	}
-	if err := i.Commit(ctx, d, int64(len(data))); err != nil {
+	if _, err := i.Commit(ctx, d, int64(len(data))); err != nil {
 		_ = i.Close()
 		return "", err
 	}

@@ -393,7 +393,7 @@ func TestSecondWriterOfABlobWaitsAndFindsIt(t *testing.T) {
 	if err := l.Hold(t.Context(), d); err != nil {
 		t.Fatal(err)
 	}
-	if err := first.Commit(t.Context(), d, int64(len(data))); err != nil {
+	if _, err := first.Commit(t.Context(), d, int64(len(data))); err != nil {
 		t.Fatal(err)
 	}
 	if err := <-waited; err != nil {
@@ -424,7 +424,7 @@ func TestCommitDoesNotReplaceABlob(t *testing.T) {
 	if _, err := i.File().Write([]byte("content")); err != nil {
 		t.Fatal(err)
 	}
-	if err := i.Commit(t.Context(), d, 7); err != nil {
+	if _, err := i.Commit(t.Context(), d, 7); err != nil {
 		t.Fatal(err)
 	}
 	after, err := os.Stat(s.BlobPath(d))
