@@ -72,7 +72,7 @@ func place(on *mountinfo.Info, path string) string {
 func PlaceOf(dir string) (string, error) {
 	on, path, err := mountOf(dir)
 	if err != nil {
-		return "", fmt.Errorf("find the mount that holds %s: %w", dir, err)
+		return "", err
 	}
 	return place(on, path), nil
 }
@@ -80,16 +80,18 @@ func PlaceOf(dir string) (string, error) {
 // Of is the mount of the caller's own namespace that holds a folder.
 func Of(dir string) (*mountinfo.Info, error) {
 	on, _, err := mountOf(dir)
-	if err != nil {
-		return nil, fmt.Errorf("find the mount that holds %s: %w", dir, err)
-	}
-	return on, nil
+	return on, err
 }
 
 // mountOf finds the mount that holds a folder, and the folder's real path. The
 // number of the mount comes from an open file: on paths, a mount can lie under
 // another.
-func mountOf(dir string) (*mountinfo.Info, string, error) {
+func mountOf(dir string) (_ *mountinfo.Info, _ string, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("find the mount that holds %s: %w", dir, err)
+		}
+	}()
 	f, err := os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return nil, "", err

@@ -185,9 +185,8 @@ func current(versions []Version, l []member) int {
 func used(v *Version) bool { return len(v.InUse) > 0 || !v.LastUsed.IsZero() }
 
 // lastTime is when a version was last used, came or was asked for again,
-// whichever is latest: now for
-// what is in use, and for what lies in the future or is not known at all, for
-// nothing may go because a clock is wrong.
+// whichever is latest: now for what is in use, and for what lies in the future
+// or is not known at all, for nothing may go because a clock is wrong.
 func lastTime(v *Version, now time.Time) time.Time {
 	t := v.Created
 	for _, later := range []time.Time{v.LastUsed, v.Pulled} {

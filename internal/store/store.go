@@ -77,16 +77,13 @@ func Open(dir string, options ...Option) (*Store, error) {
 		if err := s.create(); err != nil {
 			return nil, fmt.Errorf("create store %s: %w", dir, err)
 		}
-		if err := s.checkNetwork(); err != nil {
-			return nil, fmt.Errorf("open store: %w", err)
-		}
-		return s, nil
 	case err != nil:
 		return nil, fmt.Errorf("open store: %w", err)
-	}
-	var layout v1.ImageLayout
-	if err := json.Unmarshal(data, &layout); err != nil || layout.Version != v1.ImageLayoutVersion {
-		return nil, fmt.Errorf("open store: %w: %s says %.100q, expected version %s", ErrDamaged, s.path(v1.ImageLayoutFile), data, v1.ImageLayoutVersion)
+	default:
+		var layout v1.ImageLayout
+		if err := json.Unmarshal(data, &layout); err != nil || layout.Version != v1.ImageLayoutVersion {
+			return nil, fmt.Errorf("open store: %w: %s says %.100q, expected version %s", ErrDamaged, s.path(v1.ImageLayoutFile), data, v1.ImageLayoutVersion)
+		}
 	}
 	if err := s.checkNetwork(); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)

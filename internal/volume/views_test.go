@@ -15,15 +15,7 @@ import (
 // views lists what lies in the folder of this boot's views.
 func (n *node) views() []string {
 	n.t.Helper()
-	entries, err := os.ReadDir(filepath.Join(n.state, viewsDir, n.viewsName()))
-	if err != nil {
-		n.t.Fatal(err)
-	}
-	var out []string
-	for _, e := range entries {
-		out = append(out, e.Name())
-	}
-	return out
+	return n.list(filepath.Join(viewsDir, n.viewsName()))
 }
 
 // dropViews is what the collector does.

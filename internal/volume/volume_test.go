@@ -177,7 +177,13 @@ func (n *node) empty() {
 // dropped lists the uppers that are being deleted.
 func (n *node) dropped() []string {
 	n.t.Helper()
-	entries, err := os.ReadDir(filepath.Join(n.state, uppersDir, droppedDir))
+	return n.list(filepath.Join(uppersDir, droppedDir))
+}
+
+// list gives the names in a folder of the state.
+func (n *node) list(dir string) []string {
+	n.t.Helper()
+	entries, err := os.ReadDir(filepath.Join(n.state, dir))
 	if err != nil {
 		n.t.Fatal(err)
 	}

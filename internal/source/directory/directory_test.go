@@ -354,17 +354,21 @@ func TestPlace(t *testing.T) {
 	}
 }
 
+// linked is a folder with a file and a link to it.
+func linked(t *testing.T) string {
+	t.Helper()
+	dir := folder(t, map[string]string{"a.bin": "old"})
+	if err := os.Symlink("a.bin", filepath.Join(dir, "b.bin")); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
 // While a folder is moved into a store, a link in it is replaced by a new file
 // (mv new link): the new file was never read, and stays.
 func TestALinkThatWasReplacedStays(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "a.bin"), []byte("old"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink("a.bin", filepath.Join(dir, "b.bin")); err != nil {
-		t.Fatal(err)
-	}
+	dir := linked(t)
 	s, err := New(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -397,13 +401,7 @@ func TestALinkThatWasReplacedStays(t *testing.T) {
 // A crash after the link's target was removed: the same command goes on.
 func TestAMoveGoesOnPastALinkThatLeadsNowhere(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "a.bin"), []byte("old"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink("a.bin", filepath.Join(dir, "b.bin")); err != nil {
-		t.Fatal(err)
-	}
+	dir := linked(t)
 	s, err := New(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
