@@ -35,6 +35,7 @@ func run(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	programs = dir
+	exhume()
 	for _, b := range []struct {
 		program, pkg string
 		args         []string
@@ -52,6 +53,9 @@ func run(m *testing.M) int {
 		}
 	}
 	code := m.Run()
+	for _, l := range graves.listeners {
+		_ = l.Close()
+	}
 	for _, s := range shared {
 		if s.engine != nil {
 			if err := s.engine.Close(); err != nil {
