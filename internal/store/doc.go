@@ -3,6 +3,7 @@
 // several nodes) without a daemon.
 //
 //	DIR/oci-layout, index.json       the layout; index.json lists all references
+//	DIR/index.json.copy              a second copy, for whoever restores a lost list
 //	DIR/blobs/sha256/HEX             files, manifests, configs; mode 0444
 //	DIR/ingest/KEY[.progress]        a blob being written; flocked by its writer
 //	DIR/leases/NODE/ID.lease         digests that a running process relies on
@@ -39,7 +40,8 @@
 // fsynced; config and manifest the same way; index.json replaced last. A crash
 // before the last step leaves blobs that no reference reaches (they are reused
 // by the next attempt) or a partial file in ingest/ (resumed). It never leaves
-// a reference to something incomplete.
+// a reference to something incomplete. The copy of the list is replaced after
+// the list: a crash between leaves it one change behind.
 //
 // Removing goes the other way: the record of the removal in trash/ID, then
 // index.json without the references, then manifests, then files moved to

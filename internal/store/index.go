@@ -48,33 +48,52 @@ func emptyIndex() v1.Index {
 // maxIndexBytes bounds what is read of index.json: some 400 bytes a reference.
 const maxIndexBytes = 256 << 20
 
-// newIndex says what to do about a list of references that is lost. An empty
-// one is never made in its place: by that every model would be a leftover.
-const newIndex = `restore the file from a backup, or begin a new list with echo '{"schemaVersion":2,"manifests":[]}' in its place, and run larder pull or import again: files that are in the store are found`
+// copyName is a second file with what index.json was last replaced by, for
+// whoever has to restore a list that the disk or a person has lost. Nothing
+// reads it by itself: a list that may be older than the store decides nothing.
+const copyName = v1.ImageIndexFile + ".copy"
 
-func noIndex(err error) error {
+// noIndex says what to do about a list of references that is damaged or gone.
+// An empty one is never made in its place: by that every model would be a
+// leftover.
+func (s *Store) noIndex(err error) error {
+	path := s.path(v1.ImageIndexFile)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("read the list of references: %w: %w; %s", ErrDamaged, err, newIndex)
+		err = fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
-	return fmt.Errorf("read the list of references: %w", err)
+	if !errors.Is(err, ErrDamaged) {
+		return fmt.Errorf("read the list of references: %w", err)
+	}
+	advice := fmt.Sprintf(`restore the file from a backup, or begin a new list with echo '{"schemaVersion":2,"manifests":[]}' >%s, and run larder pull or import again: files that are in the store are found`, path)
+	if index, err := readIndex(s.path(copyName)); err == nil {
+		advice = fmt.Sprintf("its copy is whole (references: %d): cp %s %s && larder verify", len(index.Manifests), s.path(copyName), path)
+	}
+	return fmt.Errorf("read the list of references: %w; nothing was changed; %s", err, advice)
 }
 
 func (s *Store) readIndex() (v1.Index, error) {
-	path := s.path(v1.ImageIndexFile)
+	index, err := readIndex(s.path(v1.ImageIndexFile))
+	if err != nil {
+		return v1.Index{}, s.noIndex(err)
+	}
+	return index, nil
+}
+
+func readIndex(path string) (v1.Index, error) {
 	fi, err := os.Stat(path)
 	if err != nil {
-		return v1.Index{}, noIndex(err)
+		return v1.Index{}, err
 	}
 	if fi.Size() > maxIndexBytes {
-		return v1.Index{}, fmt.Errorf("read %s: %w: %d bytes, at most %d are read", path, ErrDamaged, fi.Size(), maxIndexBytes)
+		return v1.Index{}, fmt.Errorf("%s: %w: %d bytes, at most %d are read", path, ErrDamaged, fi.Size(), maxIndexBytes)
 	}
 	data, err := os.ReadFile(path)
 	if err != nil {
-		return v1.Index{}, fmt.Errorf("read the list of references: %w", err)
+		return v1.Index{}, err
 	}
 	index, err := parseIndex(data)
 	if err != nil {
-		return v1.Index{}, fmt.Errorf("read %s: %w", path, err)
+		return v1.Index{}, fmt.Errorf("%s: %w", path, err)
 	}
 	return index, nil
 }
@@ -85,7 +104,7 @@ func parseIndex(data []byte) (v1.Index, error) {
 	var index v1.Index
 	dec := json.NewDecoder(bytes.NewReader(data))
 	if err := dec.Decode(&index); err != nil {
-		return v1.Index{}, fmt.Errorf("%w: not an OCI image index (%w); nothing was changed; %s", ErrDamaged, err, newIndex)
+		return v1.Index{}, fmt.Errorf("%w: not an OCI image index (%w)", ErrDamaged, err)
 	}
 	if dec.More() {
 		return v1.Index{}, fmt.Errorf("%w: text after the JSON object", ErrDamaged)
@@ -109,6 +128,10 @@ func (s *Store) writeIndex(index v1.Index) error {
 	if err := atomicfile.Write(s.path(v1.ImageIndexFile), data, 0o644); err != nil {
 		return full(err)
 	}
+	// Where the copy cannot be written, none is better than an old one.
+	if err := atomicfile.Write(s.path(copyName), data, 0o644); err != nil {
+		_ = disk.Remove(s.path(copyName))
+	}
 	return nil
 }
 
@@ -119,7 +142,7 @@ func isModel(d v1.Descriptor) bool { return d.ArtifactType == modelpack.Artifact
 func (s *Store) Versions() ([]Version, error) {
 	fi, err := os.Stat(s.path(v1.ImageIndexFile))
 	if err != nil {
-		return nil, noIndex(err)
+		return nil, s.noIndex(err)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

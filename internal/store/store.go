@@ -98,7 +98,7 @@ func (s *Store) create() error {
 	}
 	for _, e := range entries {
 		switch e.Name() {
-		case "lock", blobsName, "ingest", "leases", "usage", trashName, pinsName, reserveName, "lost+found", v1.ImageIndexFile:
+		case "lock", blobsName, "ingest", "leases", "usage", trashName, pinsName, reserveName, "lost+found", v1.ImageIndexFile, copyName:
 		default:
 			if !atomicfile.IsTemp(e.Name()) {
 				return fmt.Errorf("%w: it contains %s; choose an empty folder or an existing store", ErrNotStore, e.Name())
@@ -125,6 +125,14 @@ func (s *Store) create() error {
 	}
 	// Another process may have finished the same work while this one waited.
 	if _, err := os.Stat(s.path(v1.ImageIndexFile)); errors.Is(err, fs.ErrNotExist) {
+		// A store that has lost its files at the top is none to begin anew.
+		blobs, readErr := os.ReadDir(s.path(blobsName, sha256Name))
+		if readErr != nil {
+			return readErr
+		}
+		if len(blobs) > 0 {
+			return s.noIndex(err)
+		}
 		if err := s.writeIndex(emptyIndex()); err != nil {
 			return err
 		}

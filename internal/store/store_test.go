@@ -273,6 +273,57 @@ func TestDamagedListIsALoudErrorAndChangesNothing(t *testing.T) {
 	}
 }
 
+// Whoever has lost the list is told how to have it again, and that way works.
+func TestLostListIsRestoredFromItsCopy(t *testing.T) {
+	t.Parallel()
+	index, layout := v1.ImageIndexFile, v1.ImageLayoutFile
+	for what, lose := range map[string]func(dir string) error{
+		"emptied": func(dir string) error { return os.Truncate(filepath.Join(dir, index), 0) },
+		"gone":    func(dir string) error { return os.Remove(filepath.Join(dir, index)) },
+		// Such a store is not taken for one whose making was cut short.
+		"gone with the layout file": func(dir string) error {
+			return errors.Join(os.Remove(filepath.Join(dir, index)), os.Remove(filepath.Join(dir, layout)))
+		},
+	} {
+		s := open(t)
+		publish(t, s, modelpack.Model{}, map[string]string{"a": "1"}, "m:1")
+		publish(t, s, modelpack.Model{}, map[string]string{"a": "2"}, "m:2")
+		want, err := s.Versions()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := lose(s.Dir()); err != nil {
+			t.Fatal(err)
+		}
+		versions := func() ([]Version, error) {
+			s, err := Open(s.Dir())
+			if err != nil {
+				return nil, err
+			}
+			return s.Versions()
+		}
+		_, err = versions()
+		from, to := filepath.Join(s.Dir(), copyName), filepath.Join(s.Dir(), index)
+		if !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "cp "+from+" "+to) {
+			t.Fatalf("%s: %v; want ErrDamaged and what to type", what, err)
+		}
+		data, err := os.ReadFile(from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(to, data, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		got, err := versions()
+		if err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", what, diff)
+		}
+	}
+}
+
 func TestFolderWithOtherFilesIsNotMadeAStore(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -627,14 +678,14 @@ func TestAPartialThatCommitMadeReadOnlyIsOpenedAgain(t *testing.T) {
 	}
 }
 
-// A list of references that is gone is not taken for an empty one, and what the
-// error says to do about it helps.
-func TestAListOfReferencesThatIsGone(t *testing.T) {
+// A list of references that is gone with its copy is not taken for an empty
+// one, and what the error says to do about it helps.
+func TestAListOfReferencesThatIsGoneWithItsCopy(t *testing.T) {
 	t.Parallel()
 	s := open(t)
 	publish(t, s, modelpack.Model{}, map[string]string{"a": "content"}, "m:1")
 	index := filepath.Join(s.Dir(), "index.json")
-	if err := os.Remove(index); err != nil {
+	if err := errors.Join(os.Remove(index), os.Truncate(filepath.Join(s.Dir(), copyName), 0)); err != nil {
 		t.Fatal(err)
 	}
 	again, err := Open(s.Dir())
