@@ -82,6 +82,9 @@ func (n *node) close() {
 		if !t.Failed() && n.plugin != nil && n.plugin.alive() {
 			n.eventually("every mount is gone when no container is left", func() error { return n.nothingMounted() })
 		}
+		// That wait may have used up the minute.
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
 		if names, err := n.e.Docker(ctx, "volume", "ls", "-q", "--filter", "driver="+n.driver); err == nil && strings.TrimSpace(names) != "" {
 			if _, err := n.e.Docker(ctx, append([]string{"volume", "rm", "-f"}, strings.Fields(names)...)...); err != nil && n.plugin != nil && n.plugin.alive() {
 				t.Errorf("remove the test's volumes: %v", err)
