@@ -112,7 +112,9 @@ func away(t *testing.T, path string) (restore func()) {
 }
 
 // process starts a shell script and returns its number once the script has
-// said that it is ready.
+// said that it is ready. In a mount namespace of its own it holds a copy of
+// every mount of this package's tests, and is a user of each as long as it
+// lives: no test that makes one runs beside others.
 func process(t *testing.T, namespaces uintptr, script string) int {
 	t.Helper()
 	cmd := exec.Command("sh", "-c", script)
@@ -136,7 +138,6 @@ func process(t *testing.T, namespaces uintptr, script string) int {
 }
 
 func TestVersionsOfAProcess(t *testing.T) {
-	t.Parallel()
 	n := usagetest.NewNode(t)
 	dir := filepath.Join(n.Root, "here")
 	n.MountAt(t, dir)
@@ -234,7 +235,6 @@ func TestNothingIsRemovedWhereContainersAreOutOfSight(t *testing.T) {
 		outOfSight(t, root)
 		return
 	}
-	t.Parallel()
 	n := usagetest.NewNode(t)
 	dir, bind := filepath.Join(n.Root, "here"), t.TempDir()
 	n.MountAt(t, dir)

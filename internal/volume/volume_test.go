@@ -219,7 +219,7 @@ func container(t *testing.T, source string) (stop func()) {
 
 // namespace is a process in a mount namespace of its own in which a script has
 // been run. With -Ur among the flags of unshare, a user namespace of its own
-// owns it.
+// owns it. No test that makes one runs beside others (see process).
 func namespace(t *testing.T, script string, flags ...string) (stop func()) {
 	t.Helper()
 	cmd := exec.Command("unshare", append(flags, "-m", "--propagation", "private", "sh", "-c", script+" && echo ready && exec sleep 300")...)
