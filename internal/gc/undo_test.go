@@ -404,7 +404,15 @@ func TestShreddingWithoutALimitWaitsForNobody(t *testing.T) {
 		_, err := s.Shred(t.Context(), store.Limit{BytesPerSecond: 1 << 20})
 		slow <- err
 	}()
-	time.Sleep(200 * time.Millisecond)
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		n, err := s.Shredding()
+		if err != nil || time.Now().After(deadline) {
+			t.Fatalf("nobody has begun to delete %d bytes, %v", n, err)
+		}
+		if n < 8<<20 {
+			break
+		}
+	}
 	if _, err := s.Shred(t.Context(), store.Limit{FilesPerSecond: 1}); err != nil {
 		t.Fatal(err)
 	}
@@ -415,7 +423,7 @@ func TestShreddingWithoutALimitWaitsForNobody(t *testing.T) {
 	if _, err := s.Shred(t.Context(), store.Limit{}); err != nil {
 		t.Fatal(err)
 	}
-	if n, err := s.Shredding(); err != nil || n != 0 || time.Since(begin) > 2*time.Second {
+	if n, err := s.Shredding(); err != nil || n != 0 || time.Since(begin) > 5*time.Second {
 		t.Errorf("after %s %d bytes are left, %v", time.Since(begin), n, err)
 	}
 	if err := <-slow; err != nil {

@@ -17,7 +17,29 @@ func TestWatchTellsOfMountsAndOfNothingElse(t *testing.T) {
 	changes := make(chan struct{}, 100)
 	ended := make(chan error, 1)
 	go func() { ended <- Watch(ctx, "self", func() { changes <- struct{}{} }) }()
-	time.Sleep(50 * time.Millisecond)
+	dir := t.TempDir()
+	mount := func() {
+		t.Helper()
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	unmount := func() {
+		t.Helper()
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Nothing tells when it has begun to watch.
+	for len(changes) == 0 && len(ended) == 0 {
+		mount()
+		unmount()
+		time.Sleep(10 * time.Millisecond)
+	}
+	time.Sleep(100 * time.Millisecond)
+	for len(changes) > 0 {
+		<-changes
+	}
 	await := func(what string) {
 		t.Helper()
 		select {
@@ -26,14 +48,9 @@ func TestWatchTellsOfMountsAndOfNothingElse(t *testing.T) {
 			t.Fatalf("not told of %s", what)
 		}
 	}
-	dir := t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
-		t.Fatal(err)
-	}
+	mount()
 	await("a mount")
-	if err := unix.Unmount(dir, 0); err != nil {
-		t.Fatal(err)
-	}
+	unmount()
 	await("an unmount")
 	time.Sleep(100 * time.Millisecond)
 	for len(changes) > 0 {

@@ -304,8 +304,8 @@ func TestFirstWriteIntoALargeFile(t *testing.T) {
 			took := time.Since(start)
 			grown := used(t, h.root) - before
 			t.Logf("one byte into %d MiB: %v, %d bytes more on disk", size>>20, took, grown)
-			if c.clones && (grown > 1<<20 || took > time.Second) {
-				t.Errorf("on %s a write of one byte took %d bytes and %v", c.kind, grown, took)
+			if c.clones && grown > 1<<20 {
+				t.Errorf("on %s a write of one byte took %d bytes", c.kind, grown)
 			}
 			if !c.clones && grown < size {
 				t.Errorf("on %s only %d bytes were copied: the test measures nothing", c.kind, grown)

@@ -61,13 +61,17 @@ func TestAnEngineThatDoesNotAnswerIsAnErrorInTime(t *testing.T) {
 	if _, err := Containers(t.Context(), "unix:///nonexistent/docker.sock"); !errors.Is(err, ErrNoEngine) {
 		t.Errorf("where there is no engine: %v", err)
 	}
-	sock := filepath.Join(t.TempDir(), "deaf.sock")
+	dir, err := os.MkdirTemp("", "deaf") // a socket's path has 108 bytes
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	sock := filepath.Join(dir, "sock")
 	l, err := net.Listen("unix", sock)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	defer os.Remove(sock)
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	if _, err := AskEngine(ctx, "unix://"+sock); err == nil {
