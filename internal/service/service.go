@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -46,6 +47,9 @@ func Claim(state, name string) (release func(), err error) {
 	return func() { _ = f.Close() }, nil
 }
 
+// umask is held while the process has another umask than its own.
+var umask sync.Mutex
+
 // ListenUnix makes a socket at path, which may be reached by those that mode
 // says. A socket that a dead process left is replaced. option is what the
 // path was given by, for messages.
@@ -56,9 +60,11 @@ func ListenUnix(path string, mode fs.FileMode, option string) (net.Listener, err
 	if err := removeStale(path, option); err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
+	umask.Lock() // the process has one
 	old := unix.Umask(int(^mode & fs.ModePerm))
 	l, err := net.Listen("unix", path)
 	unix.Umask(old)
+	umask.Unlock()
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}

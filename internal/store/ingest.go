@@ -41,21 +41,24 @@ func (s *Store) Ingest(ctx context.Context, key string) (*Ingest, error) {
 	i := &Ingest{s: s, path: s.path("ingest", key)}
 	for {
 		f, err := openPartial(i.path, os.O_CREATE)
-		if err != nil {
+		switch {
+		case errors.Is(err, errPublishing):
+		case err != nil:
 			return nil, fmt.Errorf("ingest: %w", err)
-		}
-		ok, err := f.Lock(true)
-		if err != nil {
+		default:
+			ok, err := f.Lock(true)
+			if err != nil {
+				_ = f.Close()
+				return nil, fmt.Errorf("ingest: %w", err)
+			}
+			if ok && isAt(f, i.path) {
+				i.file = f
+				return i, nil
+			}
 			_ = f.Close()
-			return nil, fmt.Errorf("ingest: %w", err)
-		}
-		if ok && i.isAt(f) {
-			i.file = f
-			return i, nil
-		}
-		_ = f.Close()
-		if ok {
-			continue // its last owner published or dropped it meanwhile
+			if ok {
+				continue // its last owner published or dropped it meanwhile
+			}
 		}
 		select {
 		case <-ctx.Done():
@@ -65,23 +68,47 @@ func (s *Store) Ingest(ctx context.Context, key string) (*Ingest, error) {
 	}
 }
 
+// errPublishing is said of a partial file that a Commit is about to make a blob,
+// or has just made one.
+var errPublishing = errors.New("another process publishes it")
+
 // openPartial opens a file of ingest/ for writing, also one that Commit has made
-// read-only and a death kept from its name.
+// read-only and a death kept from its name. One whose Commit lives stays
+// read-only, as a blob is: errPublishing.
 func openPartial(path string, flag int) (*disk.File, error) {
 	f, err := disk.OpenFile(path, os.O_RDWR|flag, 0o644)
-	if errors.Is(err, fs.ErrPermission) && disk.Chmod(path, 0o644) == nil {
-		f, err = disk.OpenFile(path, os.O_RDWR|flag, 0o644)
+	if !errors.Is(err, fs.ErrPermission) {
+		return f, err
 	}
-	return f, err
+	f, err = disk.OpenFile(path, os.O_RDONLY, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, errPublishing
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if free, err := f.Lock(false); err != nil {
+		return nil, err
+	} else if !free {
+		return nil, errPublishing
+	}
+	if !isAt(f, path) {
+		return nil, errPublishing
+	}
+	if err := f.Chmod(0o644); err != nil {
+		return nil, err
+	}
+	return disk.OpenFile(path, os.O_RDWR|flag, 0o644)
 }
 
-// isAt tells whether f is the file that has the ingest's name now.
-func (i *Ingest) isAt(f *disk.File) bool {
+// isAt tells whether f is the file that has this path now.
+func isAt(f *disk.File, path string) bool {
 	mine, err := f.Stat()
 	if err != nil {
 		return false
 	}
-	named, err := os.Lstat(i.path)
+	named, err := os.Lstat(path)
 	return err == nil && os.SameFile(mine, named)
 }
 

@@ -99,6 +99,7 @@ func (s *Store) create() error {
 	for _, e := range entries {
 		switch e.Name() {
 		case "lock", blobsName, "ingest", "leases", "usage", trashName, pinsName, reserveName, "lost+found", v1.ImageIndexFile, copyName:
+		case v1.ImageLayoutFile: // another process has just finished the same work
 		default:
 			if !atomicfile.IsTemp(e.Name()) {
 				return fmt.Errorf("%w: it contains %s; choose an empty folder or an existing store", ErrNotStore, e.Name())

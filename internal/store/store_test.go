@@ -669,6 +669,21 @@ func TestAPartialThatCommitMadeReadOnlyIsOpenedAgain(t *testing.T) {
 		if i, err = s.Ingest(t.Context(), "sha256-x"); err != nil {
 			return err
 		}
+		if _, err := i.File().WriteAt([]byte("x"), 0); err != nil {
+			return err
+		}
+		// While the Commit lives, whoever waits for it leaves it read-only.
+		if err := i.File().Chmod(0o444); err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		if _, err := s.Ingest(ctx, "sha256-x"); !errors.Is(err, context.DeadlineExceeded) {
+			return fmt.Errorf("a second ingest: %w", err)
+		}
+		if fi, err := i.File().Stat(); err != nil || fi.Mode().Perm() != 0o444 {
+			return fmt.Errorf("mode %v, %w", fi.Mode(), err)
+		}
 		return i.Close()
 	}
 	done := make(chan error)

@@ -138,13 +138,17 @@ func (s *Store) DropPartial(p Partial) (bool, error) {
 	mine, err := f.Lock(true)
 	if errors.Is(err, unix.EBADF) { // NFS locks no file that is open for reading alone
 		_ = f.Close()
-		if f, err = openPartial(s.path("ingest", p.Name), 0); err != nil {
+		f, err = openPartial(s.path("ingest", p.Name), 0)
+		if errors.Is(err, errPublishing) {
+			return false, nil
+		}
+		if err != nil {
 			return false, fmt.Errorf("drop unfinished download: %w", err)
 		}
 		mine, err = f.Lock(true)
 	}
 	i := &Ingest{s: s, path: s.path("ingest", p.Name), file: f}
-	if err != nil || !mine || !i.isAt(f) {
+	if err != nil || !mine || !isAt(f, i.path) {
 		return false, errors.Join(err, f.Close())
 	}
 	if fi, err := f.Stat(); err != nil || changed(fi).After(p.Since) {
