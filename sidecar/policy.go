@@ -128,7 +128,8 @@ func (f *policyFile) watch(ctx context.Context, set func(*retention.Policy)) {
 	}
 	tick := time.NewTicker(policyEvery)
 	defer tick.Stop()
-	var settled <-chan time.Time
+	// Once now: it may have changed since it was read and before it was watched.
+	settled := time.After(policySettles)
 	for {
 		force := false
 		select {

@@ -176,7 +176,7 @@ func TestIdleConnectionsAreFewAndNotForLong(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server.ReadHeaderTimeout = 2 * time.Second
+	server.ReadHeaderTimeout = 5 * time.Second
 	var accepted atomic.Int64
 	server.ConnState = func(_ net.Conn, state http.ConnState) {
 		if state == http.StateNew {
@@ -196,7 +196,10 @@ func TestIdleConnectionsAreFewAndNotForLong(t *testing.T) {
 		}
 		defer c.Close()
 	}
-	time.Sleep(200 * time.Millisecond)
+	for deadline := time.Now().Add(4 * time.Second); accepted.Load() < maxConnections && time.Now().Before(deadline); {
+		time.Sleep(time.Millisecond)
+	}
+	time.Sleep(100 * time.Millisecond)
 	if n := accepted.Load(); n != maxConnections {
 		t.Errorf("%d connections are open at once, want %d", n, maxConnections)
 	}

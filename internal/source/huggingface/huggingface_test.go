@@ -995,11 +995,11 @@ func TestMetadata(t *testing.T) {
 func TestPaceBoundsCallsToTheHub(t *testing.T) {
 	hub := serve(t, hubtest.Options{Direct: true})
 	pace := PerMinute(600) // ten a second, of which sixty may come at once
-	if !pace.AllowN(time.Now(), 60) {
+	begin := time.Now()
+	if !pace.AllowN(begin, 60) {
 		t.Fatal("the burst is smaller than a tenth")
 	}
 	src := connect(t, hub, func(o *Options) { o.Pace = pace })
-	begin := time.Now()
 	w := file(t, src, weights) // two calls: revision and tree
 	for i := range 3 {
 		if _, err := readRange(t.Context(), src, w, int64(i*10), 10); err != nil {

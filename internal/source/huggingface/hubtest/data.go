@@ -223,8 +223,9 @@ func (x *exchange) send(status int, body io.ReaderAt, offset, n int64) {
 	if f.Flip != nil {
 		body = flipped{body, *f.Flip}
 	}
+	x.sent(until) // before the client can have it, and ask
 	sent, err := x.copy(body, offset, until)
-	x.sent(sent)
+	x.sent(sent - until)
 	switch {
 	case err != nil:
 		x.abort()
