@@ -31,7 +31,7 @@ func TestMain(m *testing.M) {
 
 // The scripts of testdata/script run for everybody, those of testdata/root
 // mount things.
-func TestScripts(t *testing.T)     { scripts(t, "testdata/script") }
+func TestScripts(t *testing.T)     { testenv.UsedDisk(t); scripts(t, "testdata/script") }
 func TestRootScripts(t *testing.T) { testenv.NeedRoot(t); scripts(t, "testdata/root") }
 
 // Those of testdata/engine run containers of a real engine.

@@ -23,6 +23,7 @@ import (
 	"github.com/larder-project/larder/internal/reference"
 	"github.com/larder-project/larder/internal/retention"
 	"github.com/larder-project/larder/internal/store"
+	"github.com/larder-project/larder/internal/testenv"
 	"github.com/larder-project/larder/internal/usage"
 )
 
@@ -197,7 +198,7 @@ func parse(t *testing.T, text string) *retention.Policy {
 
 const day = 24 * time.Hour
 
-// nearlyAll is more than is free where tests run.
+// nearlyAll is more than is free where testenv.UsedDisk was called.
 var nearlyAll = retention.Amount{Percent: 99}
 
 // weekly keeps one version of each model, and what was used this week.
@@ -277,6 +278,7 @@ func TestATrashThatIsNotHeldIsEmptiedInTheSameRun(t *testing.T) {
 
 func TestWhereSpaceIsShortEverythingInTheTrashGoesAtOnce(t *testing.T) {
 	t.Parallel()
+	testenv.UsedDisk(t)
 	n := newNode(t)
 	n.publish("m:1")
 	n.pass(8 * day)
@@ -299,6 +301,7 @@ func TestWhereSpaceIsShortEverythingInTheTrashGoesAtOnce(t *testing.T) {
 
 func TestASourceThatFailsKeepsEverythingButTheOldTrash(t *testing.T) {
 	t.Parallel()
+	testenv.UsedDisk(t)
 	n := newNode(t)
 	weeks := Options{Policy: parse(t, weekly)}
 	short := Options{Policy: weeks.Policy, UntilFree: nearlyAll}
@@ -386,6 +389,7 @@ func TestWhatBrokenPullsLeftGoesInItsTime(t *testing.T) {
 
 func TestWithoutAPolicyNothingGoes(t *testing.T) {
 	t.Parallel()
+	testenv.UsedDisk(t)
 	n := newNode(t)
 	used := n.publish("m:1")
 	n.source.set(nil, used)

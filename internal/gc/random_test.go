@@ -87,7 +87,7 @@ func TestManyRandomSteps(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %v\n%s", build.Args, err, out)
 	}
-	walk := exec.Command(binary, "-test.run=^TestRandomSteps$", "-test.v", "-test.timeout=20m")
+	walk := exec.Command(binary, "-test.run=^TestRandomSteps$", "-test.v", "-test.timeout=28m")
 	walk.Env = append(os.Environ(), fmt.Sprintf("LARDER_RANDOM_SEED=%d", seed), fmt.Sprintf("LARDER_RANDOM_STEPS=%d", steps))
 	out, err := walk.CombinedOutput()
 	if err != nil {

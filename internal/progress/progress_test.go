@@ -173,7 +173,7 @@ func TestEachBarOnATerminalHasRateTimeLeftAndTheEndOfItsName(t *testing.T) {
 			m := New(tty, Bars)
 			const name = "a-folder/of-models/model-1-of-2.safetensors"
 			m.Start(Plan{What: "hf://org/name@main", Files: 2, Bytes: 2 << 30})
-			m.Open(name, 1<<30)
+			m.Open(name, 256<<20)
 			for range 40 {
 				time.Sleep(30 * time.Millisecond)
 				m.Add(name, 1<<20)
@@ -183,7 +183,7 @@ func TestEachBarOnATerminalHasRateTimeLeftAndTheEndOfItsName(t *testing.T) {
 			if columns == 120 {
 				end = name
 			}
-			line := regexp.MustCompile(`\d+ MiB of 1\.0 GiB, \d+ MiB/s, \d+ s left  …?\S*` + regexp.QuoteMeta(end) + `\s`)
+			line := regexp.MustCompile(`\d+ MiB of 256 MiB, \d+ MiB/s, \d+ s left  …?\S*` + regexp.QuoteMeta(end) + `\s`)
 			if out := read(); !line.MatchString(out) {
 				t.Errorf("no line fits %s in %q", line, out)
 			}

