@@ -72,7 +72,8 @@ func (b *bench) containersOnOneModel(ctx context.Context) (err error) {
 		return err
 	}
 	b.say("the page cache holds %s of the blob, of %s", size(held), size(b.Model))
-	if held != b.Model {
+	// The host of a virtual machine may take a few pages back meanwhile.
+	if float64(held) < 0.95*float64(b.Model) {
 		return fmt.Errorf("after all containers read the blob, %s of its %s are cached: the figure of the page cache would say nothing", size(held), size(b.Model))
 	}
 	b.add(figure{
@@ -80,7 +81,7 @@ func (b *bench) containersOnOneModel(ctx context.Context) (err error) {
 		What:   fmt.Sprintf("page cache of %d containers that read the %s of weights", b.Containers, size(b.Model)),
 		Larder: size(after - before),
 		Beside: size(int64(b.Containers) * b.Model), Other: "a copy each",
-	}.atMost(float64(after-before)/float64(b.Model), 1.05, "× weights"))
+	}.atMost(float64(after-before)/float64(held), 1.05, "× weights"))
 	return nil
 }
 
