@@ -81,8 +81,8 @@ func openPartial(path string, flag int) (*disk.File, error) {
 		return f, err
 	}
 	f, err = disk.OpenFile(path, os.O_RDONLY, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, errPublishing
+	if errors.Is(err, fs.ErrNotExist) { // it was just published, or may not be made here
+		return disk.OpenFile(path, os.O_RDWR|flag, 0o644)
 	}
 	if err != nil {
 		return nil, err

@@ -684,7 +684,18 @@ func TestAPartialThatCommitMadeReadOnlyIsOpenedAgain(t *testing.T) {
 		if fi, err := i.File().Stat(); err != nil || fi.Mode().Perm() != 0o444 {
 			return fmt.Errorf("mode %v, %w", fi.Mode(), err)
 		}
-		return i.Close()
+		if err := i.Close(); err != nil {
+			return err
+		}
+		// Nor does it wait for what it may not make.
+		ingest := filepath.Join(dir, "store", "ingest")
+		if err := os.Chmod(ingest, 0o555); err != nil {
+			return err
+		}
+		if _, err := s.Ingest(t.Context(), "sha256-y"); !errors.Is(err, fs.ErrPermission) {
+			return fmt.Errorf("in a folder that it may not write: %w", err)
+		}
+		return os.Chmod(ingest, 0o755)
 	}
 	done := make(chan error)
 	go func() { done <- again() }()

@@ -55,7 +55,7 @@ func UsedDisk(t testing.TB) {
 	}
 }
 
-// Retry does what depends on the network up to three times.
+// Retry does what depends on the network up to four times, within some minutes.
 func Retry(do func() error) error {
 	for pause := 2 * time.Second; ; pause *= 5 {
 		err := do()
