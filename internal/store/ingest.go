@@ -40,31 +40,41 @@ func (s *Store) Ingest(ctx context.Context, key string) (*Ingest, error) {
 	}
 	i := &Ingest{s: s, path: s.path("ingest", key)}
 	for {
-		f, err := openPartial(i.path, os.O_CREATE)
-		switch {
-		case errors.Is(err, errPublishing):
-		case err != nil:
+		mine, err := i.open()
+		if err != nil {
 			return nil, fmt.Errorf("ingest: %w", err)
-		default:
-			ok, err := f.Lock(true)
-			if err != nil {
-				_ = f.Close()
-				return nil, fmt.Errorf("ingest: %w", err)
-			}
-			if ok && isAt(f, i.path) {
-				i.file = f
-				return i, nil
-			}
-			_ = f.Close()
-			if ok {
-				continue // its last owner published or dropped it meanwhile
-			}
+		}
+		if mine {
+			return i, nil
 		}
 		select {
 		case <-ctx.Done():
 			return nil, fmt.Errorf("wait for another process that fetches %s: %w", key, ctx.Err())
 		case <-time.After(50 * time.Millisecond):
 		}
+	}
+}
+
+// open takes the ingest, and tells whether it is free.
+func (i *Ingest) open() (mine bool, err error) {
+	for {
+		f, err := openPartial(i.path, os.O_CREATE)
+		if errors.Is(err, errPublishing) {
+			return false, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		mine, err := f.Lock(true)
+		if mine && isAt(f, i.path) {
+			i.file = f
+			return true, nil
+		}
+		_ = f.Close()
+		if !mine {
+			return false, err
+		}
+		// Its last owner published or dropped it meanwhile.
 	}
 }
 
@@ -88,12 +98,11 @@ func openPartial(path string, flag int) (*disk.File, error) {
 		return nil, err
 	}
 	defer f.Close()
-	if free, err := f.Lock(false); err != nil {
+	free, err := f.Lock(false)
+	if err != nil {
 		return nil, err
-	} else if !free {
-		return nil, errPublishing
 	}
-	if !isAt(f, path) {
+	if !free || !isAt(f, path) {
 		return nil, errPublishing
 	}
 	if err := f.Chmod(0o644); err != nil {
