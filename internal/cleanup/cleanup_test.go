@@ -198,8 +198,12 @@ func parse(t *testing.T, text string) *retention.Policy {
 
 const day = 24 * time.Hour
 
-// nearlyAll is more than is free where testenv.UsedDisk was called.
-var nearlyAll = retention.Amount{Percent: 99}
+// nearlyAll is more than is free where tests run, as long as this test does.
+func nearlyAll(t *testing.T) retention.Amount {
+	t.Helper()
+	testenv.UsedDisk(t)
+	return retention.Amount{Percent: 99}
+}
 
 // weekly keeps one version of each model, and what was used this week.
 const weekly = `
@@ -278,7 +282,6 @@ func TestATrashThatIsNotHeldIsEmptiedInTheSameRun(t *testing.T) {
 
 func TestWhereSpaceIsShortEverythingInTheTrashGoesAtOnce(t *testing.T) {
 	t.Parallel()
-	testenv.UsedDisk(t)
 	n := newNode(t)
 	n.publish("m:1")
 	n.pass(8 * day)
@@ -287,7 +290,7 @@ func TestWhereSpaceIsShortEverythingInTheTrashGoesAtOnce(t *testing.T) {
 	n.source.set(nil, keep)
 	n.publish("m:3")
 	n.pass(time.Minute)
-	r := n.once(Options{Policy: parse(t, weekly+"limits: {bytesPerSecond: 1MiB}\n"), UntilFree: nearlyAll})
+	r := n.once(Options{Policy: parse(t, weekly+"limits: {bytesPerSecond: 1MiB}\n"), UntilFree: nearlyAll(t)})
 	if n.trash() != 0 || r.Freed < 2<<20 {
 		t.Errorf("in the trash are still %d removals, freed %d bytes", n.trash(), r.Freed)
 	}
@@ -301,10 +304,9 @@ func TestWhereSpaceIsShortEverythingInTheTrashGoesAtOnce(t *testing.T) {
 
 func TestASourceThatFailsKeepsEverythingButTheOldTrash(t *testing.T) {
 	t.Parallel()
-	testenv.UsedDisk(t)
 	n := newNode(t)
 	weeks := Options{Policy: parse(t, weekly)}
-	short := Options{Policy: weeks.Policy, UntilFree: nearlyAll}
+	short := Options{Policy: weeks.Policy, UntilFree: nearlyAll(t)}
 	n.publish("m:1")
 	n.pass(8 * day)
 	n.once(weeks)
@@ -389,7 +391,6 @@ func TestWhatBrokenPullsLeftGoesInItsTime(t *testing.T) {
 
 func TestWithoutAPolicyNothingGoes(t *testing.T) {
 	t.Parallel()
-	testenv.UsedDisk(t)
 	n := newNode(t)
 	used := n.publish("m:1")
 	n.source.set(nil, used)
@@ -412,11 +413,11 @@ func TestWithoutAPolicyNothingGoes(t *testing.T) {
 	}
 	// Unless a person asks for room.
 	n.source.set(nil)
-	n.once(Options{UntilFree: nearlyAll, Models: []string{"other"}})
+	n.once(Options{UntilFree: nearlyAll(t), Models: []string{"other"}})
 	if !n.has("lone:1") {
 		t.Error("a version went of a model that was not named")
 	}
-	if r := n.once(Options{UntilFree: nearlyAll, Models: []string{"lone"}}); n.has("lone:1") {
+	if r := n.once(Options{UntilFree: nearlyAll(t), Models: []string{"lone"}}); n.has("lone:1") {
 		t.Errorf("a person asked for room, and nothing went: %+v", r.Plan)
 	}
 }

@@ -36,10 +36,13 @@ func TestWatchTellsOfMountsAndOfNothingElse(t *testing.T) {
 		unmount()
 		time.Sleep(10 * time.Millisecond)
 	}
-	time.Sleep(100 * time.Millisecond)
-	for len(changes) > 0 {
-		<-changes
+	settle := func() {
+		time.Sleep(100 * time.Millisecond)
+		for len(changes) > 0 {
+			<-changes
+		}
 	}
+	settle()
 	await := func(what string) {
 		t.Helper()
 		select {
@@ -52,10 +55,7 @@ func TestWatchTellsOfMountsAndOfNothingElse(t *testing.T) {
 	await("a mount")
 	unmount()
 	await("an unmount")
-	time.Sleep(100 * time.Millisecond)
-	for len(changes) > 0 {
-		<-changes
-	}
+	settle()
 	time.Sleep(300 * time.Millisecond)
 	if n := len(changes); n > 0 {
 		t.Errorf("told %d times of nothing", n)

@@ -5,11 +5,15 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/larder-project/larder/internal/disk"
 )
 
 // Port gives an address of this host that nobody listens at, for a program
@@ -38,39 +42,45 @@ func Port(t testing.TB) string {
 // ends, whatever other tests take away meanwhile.
 func UsedDisk(t testing.TB) {
 	t.Helper()
-	f, err := os.CreateTemp(t.TempDir(), "ballast")
+	dir := t.TempDir()
+	free, capacity, err := disk.Free(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if free < capacity*9/10 {
+		return
+	}
+	f, err := os.Create(filepath.Join(dir, "ballast"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	var st unix.Statfs_t
-	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
-		t.Fatal(err)
-	}
-	if st.Bavail < st.Blocks*9/10 {
-		return
-	}
-	if err := unix.Fallocate(int(f.Fd()), 0, 0, int64(st.Blocks)*st.Bsize*2/100); err != nil {
+	if err := unix.Fallocate(int(f.Fd()), 0, 0, capacity*2/100); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// Retry does what depends on the network up to four times, within some minutes.
-func Retry(do func() error) error {
-	for pause := 2 * time.Second; ; pause *= 5 {
-		err := do()
-		if err == nil || pause > time.Minute {
-			return err
+// Fetch runs a command that depends on the network, up to four times within a
+// minute and the time that it takes, and gives the output of the last.
+func Fetch(command func() *exec.Cmd) (out []byte, err error) {
+	for _, pause := range []time.Duration{2 * time.Second, 10 * time.Second, 50 * time.Second} {
+		if out, err = command().CombinedOutput(); err == nil {
+			return out, nil
 		}
 		time.Sleep(pause)
 	}
+	return command().CombinedOutput()
 }
 
-// WriteProgram writes a file that is to be run at once. A process that another
-// test forks meanwhile would hold the file open for writing until it becomes
-// another program, and the kernel would not run it (ETXTBSY).
+// WriteProgram makes a program, or puts another in its place, that is to be run
+// at once. A process that another test forks while it is written would hold it
+// open for writing until it becomes another program, and the kernel would not
+// run it (ETXTBSY).
 func WriteProgram(path, content string) error {
 	syscall.ForkLock.RLock()
 	defer syscall.ForkLock.RUnlock()
-	return os.WriteFile(path, []byte(content), 0o755)
+	if err := os.WriteFile(path+".new", []byte(content), 0o755); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
 }

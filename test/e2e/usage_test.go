@@ -83,7 +83,7 @@ func (r *remover) keptBy(model, says string, by ...string) {
 			})
 			continue
 		}
-		// The first answer counts; only the words for it may come later, as an
+		// Every answer is a refusal; only the words for it may come later, as an
 		// engine may be slow to say in which state a container is.
 		r.within(20*time.Second, model+" is kept by "+s.Name()+" alone", func() error {
 			_, err := r.remove(model, false, s)
@@ -173,8 +173,7 @@ func (r *remover) processesOnGPU(pids ...int) {
 		script += fmt.Sprintf(`{"gpu":0,"uuid":"GPU-1","name":"NVIDIA H100","pid":%d}`+"\n", pid)
 	}
 	script += fmt.Sprintf(`{"end":true,"processes":%d}`+"\nEND\n", len(pids))
-	ok(r.t, os.WriteFile(r.cfg.GPUHelper+".new", []byte(script), 0o755))
-	ok(r.t, os.Rename(r.cfg.GPUHelper+".new", r.cfg.GPUHelper))
+	ok(r.t, testenv.WriteProgram(r.cfg.GPUHelper, script))
 }
 
 // inside starts a shell script in a private mount namespace and returns its

@@ -785,15 +785,9 @@ func TestNewRefuses(t *testing.T) {
 
 func TestRateLimitHoldsAllReaders(t *testing.T) {
 	hub := serve(t, hubtest.Options{Direct: true})
-	told := make(chan struct{}, 1)
-	src := connect(t, hub, func(o *Options) {
-		o.OnWait = func(string, time.Duration, error) {
-			select {
-			case told <- struct{}{}:
-			default:
-			}
-		}
-	})
+	told := make(chan struct{})
+	tell := sync.OnceFunc(func() { close(told) })
+	src := connect(t, hub, func(o *Options) { o.OnWait = func(string, time.Duration, error) { tell() } })
 	w := file(t, src, weights)
 	hub.Inject(hubtest.Fault{Kind: hubtest.KindResolve, Status: 429, Times: 1, Header: map[string]string{"Retry-After": "1"}})
 	begin := time.Now()

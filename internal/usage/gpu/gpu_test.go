@@ -35,13 +35,10 @@ func newScript(t *testing.T) *script {
 	return s
 }
 
-// set replaces the script. It is renamed into place: one that runs is busy.
+// set replaces the script.
 func (s *script) set(text string) {
 	s.t.Helper()
-	if err := os.WriteFile(s.path+".new", []byte("#!/bin/sh\n"+text+"\n"), 0o755); err != nil {
-		s.t.Fatal(err)
-	}
-	if err := os.Rename(s.path+".new", s.path); err != nil {
+	if err := testenv.WriteProgram(s.path, "#!/bin/sh\n"+text+"\n"); err != nil {
 		s.t.Fatal(err)
 	}
 }

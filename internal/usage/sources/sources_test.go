@@ -292,10 +292,7 @@ func TestAHostWithoutADriverHasNoGPUUntilOneAnswers(t *testing.T) {
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 	helper := func(script string) {
 		t.Helper()
-		if err := os.WriteFile(dir+"/larder-gpu.new", []byte("#!/bin/sh\n"+script+"\n"), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Rename(dir+"/larder-gpu.new", dir+"/larder-gpu"); err != nil {
+		if err := testenv.WriteProgram(dir+"/larder-gpu", "#!/bin/sh\n"+script+"\n"); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -23,10 +23,8 @@ func Client(t testing.TB, version string) string {
 		t.Fatalf("make a virtual environment: %v\n%s", err, out)
 	}
 	bin := filepath.Join(dir, "bin")
-	var out []byte
-	err := testenv.Retry(func() (err error) {
-		out, err = exec.CommandContext(t.Context(), filepath.Join(bin, "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", "huggingface_hub=="+version).CombinedOutput()
-		return err
+	out, err := testenv.Fetch(func() *exec.Cmd {
+		return exec.CommandContext(t.Context(), filepath.Join(bin, "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", "huggingface_hub=="+version)
 	})
 	testenv.Need(t, err == nil, fmt.Sprintf("the package huggingface_hub %s (pip: %v %s)", version, err, out))
 	return bin
