@@ -187,9 +187,9 @@ func makesRoom(t *testing.T, e *engine.Engine, fstype string) {
 			t.Errorf("only %d versions went", ended.Versions)
 		}
 	}
-	// The best, as other tenants of this machine can slow readers down too.
-	if best := slices.Max(ratios); best < 0.8 || math.IsNaN(best) {
-		t.Errorf("the readers were slowed down to %.2f of before", best)
+	slices.Sort(ratios)
+	if median := ratios[rounds/2]; median < 0.8 || math.IsNaN(median) {
+		t.Errorf("the readers were slowed down to %.2f of before", median)
 	}
 	if fstype == "ext4" {
 		n.cannotMakeRoom(fs.Dir, s)

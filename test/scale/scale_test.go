@@ -35,7 +35,7 @@ const (
 	maxMemory = 400 << 20
 	maxWhy    = time.Second
 	// maxGrowth: ten times the versions cost at most so many times as much.
-	maxGrowth = 20.0
+	maxGrowth = 12.0
 )
 
 // cost is what one process took.
